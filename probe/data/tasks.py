@@ -1,0 +1,257 @@
+"""The synthetic tasks: what an episode asks, and how a task is learned from its demonstrations alone.
+
+======================= =================== ==========================================================================
+task                    question            answer
+======================= =================== ==========================================================================
+``vqa``                 names the attribute its value in English: no demonstration is needed
+``recognition``         ``?``               the value of a hidden attribute in a hidden language: which task it is
+``binding-cued``        names the attribute a nonce word bound to the value, afresh in each episode: a new mapping
+``binding-uncued``      ``?``               the same, and the attribute is hidden too
+``operator``            ``?``               count + k for a hidden k in 1..5: the answer words are shared by all k
+``describe``            ``describe:``       count, colour and kind: three words
+======================= =================== ==========================================================================
+
+Each task but ``describe`` has a text-only twin (``<task>-text``): the picture is replaced by its four attribute words, so
+that perception and induction can be told apart.
+
+A task draws a *rule* for an episode and then items that follow it. :func:`draw_items` gives these as plain data; training
+the bundled model uses them directly, and :func:`synthetic_episodes` renders them into episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from probe.data.example import Episode, Example
+from probe.data.scenes import ATTRIBUTES, COLOURS, COUNTS, KINDS, SIZES, VALUES, Scene, Split, held_out, render
+from probe.data.words import CUES, DESCRIBE, ENGLISH, LANGUAGES, NONCE, NUMERALS, PLURALS, UNCUED
+from probe.errors import UsageError, did_you_mean
+
+MAX_SHIFT = 5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What stays the same within an episode.
+
+    ``classes`` lists the values of ``attribute`` that may occur (``None``: all), ``labels`` the answer of each value, and
+    ``shift`` the k of the operator task. What a task does not use is ``None``.
+    """
+
+    task: str
+    attribute: str | None = None
+    language: str | None = None
+    classes: tuple[int, ...] | None = None
+    labels: dict[int, str] | None = None
+    shift: int | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One (picture, question, answer) before rendering; ``label_class`` is the value that the answer depends on."""
+
+    scene: Scene
+    question: str
+    answer: str
+    label_class: int = -1
+
+
+def _vqa(rng: np.random.Generator) -> Rule:
+    return Rule("vqa", language="english")
+
+
+def _recognition(rng: np.random.Generator) -> Rule:
+    return Rule(
+        "recognition",
+        attribute=ATTRIBUTES[rng.integers(len(ATTRIBUTES))],
+        language=list(LANGUAGES)[rng.integers(len(LANGUAGES))],
+    )
+
+
+def _binding(task: str, classes: int | None = None) -> Callable[[np.random.Generator], Rule]:
+    def draw(rng: np.random.Generator) -> Rule:
+        attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
+        return bind(task, attribute, classes or 4, rng)
+
+    return draw
+
+
+def bind(task: str, attribute: str, classes: int, rng: np.random.Generator) -> Rule:
+    """Bind fresh nonce words to ``min(classes, number of values)`` values of ``attribute``."""
+    n_values = len(VALUES[attribute])
+    chosen = rng.choice(n_values, size=min(classes, n_values), replace=False)
+    words = rng.choice(len(NONCE), size=len(chosen), replace=False)
+    labels = {int(value): NONCE[word] for value, word in zip(chosen, words, strict=True)}
+    return Rule(task, attribute=attribute, classes=tuple(labels), labels=labels)
+
+
+def _operator(rng: np.random.Generator) -> Rule:
+    return Rule("operator", attribute="count", shift=int(rng.integers(1, MAX_SHIFT + 1)))
+
+
+def _describe(rng: np.random.Generator) -> Rule:
+    return Rule("describe", language="english")
+
+
+DRAW_RULE: dict[str, Callable[[np.random.Generator], Rule]] = {
+    "vqa": _vqa,
+    "recognition": _recognition,
+    "binding-cued": _binding("binding-cued"),
+    "binding-uncued": _binding("binding-uncued"),
+    "operator": _operator,
+    "describe": _describe,
+}
+
+TEXT_SUFFIX = "-text"
+TASKS = (*DRAW_RULE, *(task + TEXT_SUFFIX for task in DRAW_RULE if task != "describe"))
+"""The names of all tasks, text-only twins included."""
+
+
+def draw_scene(
+    rng: np.random.Generator, *, attribute: str | None = None, value: int | None = None, novel_pair: bool = False
+) -> Scene:
+    """Draw a scene, with one attribute fixed if asked, whose colour and kind are a seen (or a held-out) pair."""
+    sizes = (len(COLOURS), len(KINDS), len(COUNTS), len(SIZES))
+    while True:
+        values = dict(zip(ATTRIBUTES, rng.integers(sizes).tolist(), strict=True))
+        if attribute is not None and value is not None:
+            values[attribute] = value
+        scene = Scene(**values)
+        if held_out(scene) == novel_pair:
+            return scene
+
+
+def answer_item(rule: Rule, scene: Scene, rng: np.random.Generator) -> Item:
+    """Ask about ``scene`` what ``rule`` asks, and answer it (``vqa`` draws its attribute from ``rng``)."""
+    if rule.task == "describe":
+        nouns = PLURALS if COUNTS[scene.count] > 1 else ENGLISH["kind"]
+        words = (ENGLISH["count"][scene.count], ENGLISH["colour"][scene.colour], nouns[scene.kind])
+        return Item(scene, DESCRIBE, " ".join(words))
+    if rule.shift is not None:
+        return Item(scene, UNCUED, NUMERALS[COUNTS[scene.count] + rule.shift], scene.count)
+    attribute = rule.attribute or ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
+    value = getattr(scene, attribute)
+    question = CUES[attribute] if rule.task in ("vqa", "binding-cued") else UNCUED
+    labels = rule.labels if rule.labels is not None else LANGUAGES[rule.language or "english"][attribute]
+    return Item(scene, question, labels[value], value)
+
+
+def draw_items(
+    rule: Rule,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    query_in_context: bool = False,
+    novel_pair_query: bool = False,
+) -> list[Item]:
+    """Draw ``n`` items that follow ``rule``; the last one is the query.
+
+    Parameters
+    ----------
+    rule
+        From :data:`DRAW_RULE` or :func:`bind`.
+    n
+        Number of demonstrations plus one.
+    rng
+        Source of all randomness.
+    query_in_context
+        In binding tasks, choose the query's class among the demonstrations' classes, so that the answer can be known.
+    novel_pair_query
+        Show in the query a colour and a kind that never occur together in training.
+
+    Returns
+    -------
+    list of Item
+    """
+    items: list[Item] = []
+    for index in range(n):
+        is_query = index == n - 1
+        value = None
+        if rule.classes is not None:
+            seen = [item.label_class for item in items]
+            pool = seen if is_query and query_in_context and seen else list(rule.classes)
+            value = int(pool[rng.integers(len(pool))])
+        scene = draw_scene(rng, attribute=rule.attribute, value=value, novel_pair=novel_pair_query and is_query)
+        items.append(answer_item(rule, scene, rng))
+    return items
+
+
+def scene_words(scene: Scene) -> str:
+    """The four attribute words that stand for a picture in the text-only twins."""
+    return " ".join(ENGLISH[attribute][getattr(scene, attribute)] for attribute in ATTRIBUTES)
+
+
+def synthetic_episodes(
+    task: str,
+    *,
+    shots: int,
+    n: int,
+    seed: int = 0,
+    split: Split = "test",
+    query_in_context: bool = True,
+    novel_pair_query: bool = False,
+) -> list[Episode]:
+    """Render ``n`` episodes of a task.
+
+    Parameters
+    ----------
+    task
+        One of :data:`TASKS`.
+    shots
+        Demonstrations in each episode.
+    n
+        Number of episodes.
+    seed
+        Episode i of seed s is always the same, whatever ``n``.
+    split
+        ``test`` draws new renders and digit scans that training never sees.
+    query_in_context, novel_pair_query
+        As in :func:`draw_items`.
+
+    Returns
+    -------
+    list of Episode
+        Pictures are in memory; writing the manifest saves them.
+
+    Raises
+    ------
+    UsageError
+        If there is no such task, or a number is out of range.
+    """
+    if task not in TASKS:
+        raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
+    if shots < 0 or n < 1:
+        raise UsageError(f"An episode needs 0 or more shots and a run 1 or more episodes; asked for {shots} and {n}.")
+    as_text = task.endswith(TEXT_SUFFIX)
+    draw_rule = DRAW_RULE[task.removesuffix(TEXT_SUFFIX)]
+    episodes = []
+    for index in range(n):
+        rng = np.random.default_rng((seed, index, TASKS.index(task.removesuffix(TEXT_SUFFIX))))
+        rule = draw_rule(rng)
+        items = draw_items(
+            rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query
+        )
+        examples = [
+            _example(f"{task}-{seed}-{index}-{place}", item, as_text, int(rng.integers(2**31)), split)
+            for place, item in enumerate(items)
+        ]
+        episodes.append(
+            Episode(
+                id=f"{task}-{seed}-{index}",
+                demonstrations=tuple(examples[:-1]),
+                query=examples[-1],
+                strategy=f"synthetic:{task}",
+                seed=seed,
+                info={key: value for key, value in asdict(rule).items() if value is not None},
+            )
+        )
+    return episodes
+
+
+def _example(name: str, item: Item, as_text: bool, seed: int, split: Split) -> Example:
+    question = f"{scene_words(item.scene)} {item.question}" if as_text else item.question
+    images = () if as_text else (render(item.scene, seed, split=split),)
+    return Example(id=name, images=images, question=question, answers=(item.answer,))
