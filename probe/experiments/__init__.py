@@ -1,0 +1,1 @@
+"""One verb a file: ``f(model, episodes, *, …) -> xarray.Dataset``."""

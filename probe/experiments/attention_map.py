@@ -1,0 +1,255 @@
+"""Where the attention goes: mass and contribution of every segment, for every head.
+
+The result is described in ``docs/results.md``. Episodes are read in batches; each batch becomes a labelled part, which a run
+directory can keep, so that a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, get_args
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from probe.data.example import Episode
+from probe.data.images import open_images
+from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.experiments.attention_dataset import Plan, Rows, join, label, label_images, label_tokens
+from probe.measures import mass as measure
+from probe.models.encoding import Batch
+from probe.models.model import Model
+from probe.models.token_map import segments_for
+from probe.trace.generate import generate
+from probe.trace.read import LayerValues, read
+
+RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest accepted residual for each type of weights; beyond it the recorded attention is not what the model computed."""
+
+MAX_UNKNOWN_WORDS = 0.2
+
+
+class Parts(Protocol):
+    """Keeps finished parts; :class:`probe.store.Run` is one."""
+
+    def part(self, name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """Return the part if it is there, else compute and keep it."""
+
+
+def attention_map(
+    model: Model,
+    episodes: Sequence[Episode],
+    *,
+    rows: Rows = "answer",
+    layers: Sequence[int] | None = None,
+    batch_size: int = 16,
+    overlay_episodes: int = 2,
+    max_new_tokens: int = 12,
+    parts: Parts | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> xr.Dataset:
+    """Measure, head by head, how much attention goes to each part of the demonstrations and what it carries.
+
+    Parameters
+    ----------
+    model
+        From :func:`probe.load`.
+    episodes
+        Demonstrations and queries; numbers of shots may differ.
+    rows
+        ``answer``: the positions that predict the answer. ``demo-answers``: also the demonstrations' own answer tokens.
+        ``all``: also every position (mass only).
+    layers
+        Which layers to record; default all.
+    batch_size
+        Episodes in one forward.
+    overlay_episodes
+        For how many of the first episodes to keep the attention on every image token, and the images.
+    max_new_tokens
+        Length at which the model's own answer is cut.
+    parts
+        Keeps finished batches (a run directory).
+    progress
+        Called with the number of episodes done after every batch.
+
+    Returns
+    -------
+    xarray.Dataset
+        As in ``docs/results.md``. Mass is in [0, 1]; contribution is a norm in the residual stream.
+
+    Raises
+    ------
+    UsageError
+        If there are no episodes, ids repeat, a layer does not exist, or too many words are unknown to the tokenizer.
+    ProbeError
+        If an image cannot be read, or the heads' outputs cannot be rebuilt from what was recorded.
+    """
+    if rows not in get_args(Rows):
+        raise UsageError(f"There are no rows {rows!r}; {did_you_mean(rows, get_args(Rows))}")
+    if not episodes:
+        raise UsageError("There are no episodes to read.")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise UsageError(f"A batch and an answer hold at least one; asked for {batch_size} and {max_new_tokens}.")
+    if len({episode.id for episode in episodes}) != len(episodes):
+        raise UsageError("Two episodes have the same id; results could not be told apart.")
+    plan = Plan(rows, model.choose_layers(layers), segments_for(max(e.shots for e in episodes)))
+    unknown, words = check_words(model, episodes)
+    done: list[xr.Dataset] = []
+    for start in range(0, len(episodes), batch_size):
+        unit = episodes[start : start + batch_size]
+        n_overlay = max(0, min(overlay_episodes - start, len(unit)))
+
+        def compute(unit: Sequence[Episode] = unit, n_overlay: int = n_overlay) -> xr.Dataset:
+            return _measure(model, unit, plan, n_overlay, max_new_tokens)
+
+        done.append(parts.part(f"{start:06d}", compute) if parts else compute())
+        if progress:
+            progress(start + len(unit))
+    result = join(done)
+    result.attrs = _attributes(model, plan, result, n_attempted=len(episodes), unknown_share=unknown / max(words, 1))
+    return result
+
+
+def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
+    """Count unknown words; refuse data that the model cannot read.
+
+    Returns
+    -------
+    tuple of int
+        Unknown and all tokens of the questions and shown answers.
+    """
+    unknown, words = model.unknown_words(episodes)
+    if unknown > MAX_UNKNOWN_WORDS * words:
+        raise UsageError(
+            f"{unknown} of {words} words of the questions and answers ({unknown / words:.0%}) are unknown to {model.name}, "
+            f"more than {MAX_UNKNOWN_WORDS:.0%}: it would read noise. Choose a model that knows them, such as --model DIR."
+        )
+    return unknown, words
+
+
+class _BatchRows:
+    """The rows of a batch, flattened: which positions to read, and how to average them into labelled rows."""
+
+    def __init__(self, batch: Batch, plan: Plan) -> None:
+        groups = [plan.positions(encoding) for encoding in batch.encodings]
+        width = max(sum(len(g) for g in rows) for rows in groups)
+        device = batch.inputs["input_ids"].device
+        # Unused places read the last position and weigh nothing.
+        self.positions = torch.full((len(batch), width), batch.length - 1, device=device)
+        self.weights = torch.zeros(len(batch), len(plan.row_labels), width, device=device)
+        for b, (rows, pad) in enumerate(zip(groups, batch.pads, strict=True)):
+            at = 0
+            for r, group in enumerate(rows):
+                for position in group:
+                    self.positions[b, at] = position + pad
+                    self.weights[b, r, at] = 1 / len(group)
+                    at += 1
+        self.used = self.weights.sum(1) > 0
+
+    def average(self, values: Tensor) -> Tensor:
+        """``[batch, head, flat row, segment]`` -> ``[batch, row, head, segment]``."""
+        return torch.einsum("brf,bhfs->brhs", self.weights, values)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """``[batch, position, head, width]`` -> ``[batch, head, flat row, width]``."""
+        index = self.positions[:, :, None, None].expand(-1, -1, *values.shape[2:])
+        return values.gather(1, index).transpose(1, 2)
+
+
+def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: int, max_new_tokens: int) -> xr.Dataset:
+    """Read one batch of episodes."""
+    pictures = [open_images(episode) for episode in episodes]
+    encodings = [model.encode(episode, images) for episode, images in zip(episodes, pictures, strict=True)]
+    batch = model.batch(encodings)
+    rows = _BatchRows(batch, plan)
+    index = torch.full((len(batch), batch.length), -1)
+    for b, encoding in enumerate(encodings):
+        index[b, batch.pads[b] :] = torch.from_numpy(encoding.token_map.segment_index(plan.segments))
+    segments = measure.one_hot_segments(index, len(plan.segments)).to(model.device)
+
+    def reduce(values: LayerValues) -> dict[str, Tensor]:
+        at, heads = values.attention, values.heads
+        assert at is not None and heads is not None  # both sites are asked for below
+        attention = measure.row_attention(at.q, at.k, at.mask, at.scale, at.causal, rows.positions)
+        outputs = measure.segment_outputs(attention, at.v, segments)
+        factors = measure.output_factors(model.output_weight(values.layer), model.n_heads)
+        off = measure.residual(outputs.sum(3), rows.pick(heads))
+        reduced = {
+            "mass": rows.average(measure.segment_mass(attention, segments)),
+            "contribution": rows.average(measure.contribution(outputs, factors)),
+            "residual": off.masked_fill(~rows.used[:, None], 0).amax((1, 2)),
+            "first_row": attention[:n_overlay, :, 0],
+        }
+        if plan.rows == "all":
+            reduced["token_mass"] = measure.all_rows_mass(at.q, at.k, segments, at.mask, at.scale, at.causal)
+        return reduced
+
+    reading = read(model, batch, ("attention", "heads"), reduce, layers=plan.layers)
+    values = {
+        name: torch.stack([reading.layers[layer][name] for layer in plan.layers], 1).numpy()
+        for name in reading.layers[plan.layers[0]]
+    }
+    answers = generate(model, model.batch(encodings, with_answer=False), max_new_tokens=max_new_tokens)
+    dataset = label(episodes, encodings, plan, values, answers)
+    _check_residual(model, dataset)
+    if plan.rows == "all":
+        tokens = label_tokens(encodings, batch.pads, plan, values["token_mass"])
+        _check_sums(model, tokens)
+        dataset = dataset.merge(tokens)
+    if n_overlay:
+        dataset = dataset.merge(label_images(pictures[:n_overlay], encodings, batch.pads, values["first_row"]))
+    return dataset
+
+
+def _check_residual(model: Model, dataset: xr.Dataset) -> None:
+    """Rule: what was recorded must give back what the model computed."""
+    off, bound = dataset["residual"], RESIDUAL_BOUND[model.dtype]
+    if not bool((off <= bound).all()):
+        worst = off.fillna(float("inf")).argmax(("episode", "layer"))
+        place = off.isel(worst)  # type: ignore[arg-type]
+        raise ProbeError(
+            f"The heads' outputs cannot be rebuilt from the recorded attention: episode {place['episode'].item()}, layer "
+            f"{place['layer'].item()} is off by {place.item():.2g} of its size, more than {bound:g} for {model.dtype}. The "
+            "numbers would not describe what the model computed; please report the model and the versions in use."
+        )
+
+
+def _check_sums(model: Model, tokens: xr.Dataset) -> None:
+    """The mass of every position on all segments is 1, as far as the kernel's precision goes."""
+    off = float(abs(tokens["token_mass"].sum("segment") - 1).max())
+    if not off <= 2 * RESIDUAL_BOUND[model.dtype]:
+        raise ProbeError(
+            f"The mass of some position sums to 1 ± {off:.2g}, more than {2 * RESIDUAL_BOUND[model.dtype]:g}: the attention "
+            f"kernel did not keep the precision of {model.dtype}. Record selected rows (--rows answer), or use float32."
+        )
+
+
+def _attributes(
+    model: Model, plan: Plan, result: xr.Dataset, *, n_attempted: int, unknown_share: float
+) -> dict[str, object]:
+    """What the numbers are and where they come from."""
+    n_images, n_resized = int(result["n_images"].sum()), int(result["n_resized"].sum())
+    dtype = str(model.dtype).removeprefix("torch.")
+    attributes: dict[str, object] = {
+        "experiment": "attention_map",
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "model_family": model.family.name,
+        "dtype": dtype,
+        "attn_implementation": model.attention_implementation,
+        "rows": plan.rows,
+        "answers": "gold",
+        "mass_precision": f"mass, contribution, patch_mass: float32; token_mass: {dtype} kernel",
+        "residual_bound": RESIDUAL_BOUND[model.dtype],
+        "n_attempted": n_attempted,
+        "n_done": result.sizes["episode"],
+        "n_failed": n_attempted - result.sizes["episode"],
+        "unknown_word_share": unknown_share,
+        "images_resized": f"{n_resized} of {n_images}",
+    }
+    if n_images:
+        attributes["image_scale"] = float(result["image_scale"].mean())
+    if model.caveat:
+        attributes["caveat"] = model.caveat
+    return attributes

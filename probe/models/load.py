@@ -1,0 +1,203 @@
+"""``probe.load``: a model by name, from a directory, or from a module that is already in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.models.family import Family
+from probe.models.fingerprint import of_directory, of_module
+from probe.models.model import Model
+from probe.models.qwen import QWEN2_5_VL
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL,)}
+TOY = Path(__file__).parent.parent / "toy" / "weights"
+BUNDLED = {"toy": TOY}
+CAVEAT = (
+    "Drawn on the bundled toy model, part of whose circuits were seeded in training: it shows that the tool works, and "
+    "nothing about vision-language models at large."
+)
+KERNELS = ("sdpa", "eager")
+
+
+def find(name: str | Path) -> Path:
+    """The directory that ``name`` means.
+
+    Raises
+    ------
+    UsageError
+        If it is neither the bundled model nor a directory of a family that can be read.
+    """
+    if str(name) in BUNDLED:
+        return BUNDLED[str(name)]
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "is neither a known model nor a directory"
+        raise UsageError(
+            f"{str(name)!r} {what}; {did_you_mean(str(name), tuple(BUNDLED))} Or give a directory that holds a checkpoint "
+            "in Hugging Face layout."
+        )
+    family_of(directory)
+    return directory
+
+
+def family_of(directory: Path) -> Family:
+    """The family of a checkpoint, from its ``config.json``."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{directory} holds no config.json, so it is no checkpoint in Hugging Face layout.") from None
+    except (OSError, ValueError) as error:
+        raise ProbeError(f"{path} cannot be read: {error}.") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in FAMILIES:
+        raise UsageError(
+            f"{directory} holds a {kind!r} model; known families are {', '.join(sorted(FAMILIES))}. Give the directory of "
+            "a Qwen2.5-VL checkpoint."
+        )
+    return FAMILIES[kind]
+
+
+def load(
+    name: str | Path | torch.nn.Module,
+    *,
+    processor: Any = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    name
+        ``"toy"`` (the bundled model), a directory that holds a checkpoint in Hugging Face layout, or a module in memory.
+    processor
+        With a module: an object with ``tokenizer`` and ``image_processor`` (and ``chat_template`` if the tokenizer has
+        none), such as a Hugging Face processor.
+    dtype
+        ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Default: float32 on a CPU, else the checkpoint's
+        own. A module in memory is left as it is.
+    device
+        Default: the first CUDA device if there is one, else the CPU. A module in memory stays where it is.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    UsageError
+        If the name is unknown, the family is not supported, or options exclude each other.
+    ProbeError
+        If files are missing or broken. Weights that the checkpoint lacks are never replaced by random ones.
+    """
+    if isinstance(name, torch.nn.Module):
+        if dtype is not None or device is not None:
+            raise UsageError("A module in memory keeps its dtype and device; convert it before you load it.")
+        return _from_module(name, processor)
+    if processor is not None:
+        raise UsageError("A processor goes with a module in memory; a directory brings its own.")
+    directory = find(name)
+    if not directory.is_dir():
+        raise ProbeError(f"The bundled model is not installed at {directory}; install probe again.")
+    return _from_directory(str(name), directory, dtype, device)
+
+
+def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None, device: Any) -> Model:
+    family = family_of(directory)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    number = _dtype(dtype, chosen)
+    try:
+        module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
+        image_processor = family.load_image_processor(directory)
+        tokenizer = _load_tokenizer(directory)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProbeError(f"The checkpoint in {directory} cannot be loaded: {reason}") from error
+    broken = {kind: sorted(report[kind]) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
+    if broken:
+        kind, keys = next(iter(broken.items()))
+        raise ProbeError(
+            f"The checkpoint in {directory} has {kind.replace('_', ' ')} ({len(keys)}, such as {keys[0]}); it would be "
+            "filled with random weights. Complete the checkpoint."
+        )
+    return Model(
+        name=name,
+        module=module.to(chosen).eval(),
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=_chat_template(directory, tokenizer),
+        family=family,
+        fingerprint=of_directory(directory),
+        caveat=CAVEAT if directory in BUNDLED.values() else "",
+    )
+
+
+def _from_module(module: torch.nn.Module, processor: Any) -> Model:
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise UsageError(
+            f"The module is a {type(module).__name__} of type {kind!r}; known families are {', '.join(sorted(FAMILIES))}."
+        )
+    parts = [getattr(processor, part, None) for part in ("tokenizer", "image_processor")]
+    if None in parts:
+        raise UsageError("A module in memory needs processor=, an object with a tokenizer and an image_processor.")
+    tokenizer, image_processor = parts
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise UsageError("Neither the processor nor its tokenizer has a chat_template; set one.")
+    model = Model(
+        name=type(module).__name__,
+        module=module.eval(),
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        chat_template=template,
+        family=FAMILIES[kind],
+        fingerprint=of_module(module, str(template)),
+    )
+    if model.attention_implementation not in KERNELS:
+        raise UsageError(
+            f"The module runs {model.attention_implementation} attention; its masks cannot be read. Load it with "
+            f"attn_implementation set to one of {', '.join(KERNELS)}."
+        )
+    return model
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise UsageError(f"There is no dtype {dtype!r}; {did_you_mean(dtype, tuple(known))}")
+    return known[dtype]
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise ProbeError(f"The tokenizer in {directory} gives no character offsets; a tokenizer.json is needed.")
+    return tokenizer
+
+
+def _chat_template(directory: Path, tokenizer: Any) -> str:
+    """The chat template, wherever this generation of checkpoints keeps it."""
+    jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    if old.exists():
+        return cast(str, json.loads(old.read_text(encoding="utf-8"))["chat_template"])
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise ProbeError(
+        f"{directory} holds no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+        "tokenizer_config.json), so that demonstrations cannot be laid out."
+    )

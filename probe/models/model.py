@@ -1,0 +1,175 @@
+"""A loaded model: module, tokenizer, image processor and family, with the few facts that every experiment needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from probe.data.example import Episode
+from probe.data.images import open_images
+from probe.errors import ProbeError, UsageError
+from probe.models.encoding import Batch, Encoding, collate, tokenise
+from probe.models.family import Family
+from probe.models.prompt import Message, render_prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Model:
+    """A vision-language model ready to be read.
+
+    Made by :func:`probe.load`.
+
+    Attributes
+    ----------
+    name
+        What the user called it.
+    module
+        The Hugging Face module, in evaluation mode.
+    tokenizer, image_processor
+        Its own.
+    chat_template
+        A Jinja template.
+    family
+        What is special about its kind.
+    fingerprint
+        Identifies weights, configuration and processor files.
+    caveat
+        What every picture drawn on this model must say; empty for most.
+    """
+
+    name: str
+    module: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: Any
+    chat_template: str
+    family: Family
+    fingerprint: str
+    caveat: str = ""
+
+    # ----------------------------------------------------------------------------------------------------------- facts
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.module.config
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the text stack."""
+        return self.config.get_text_config()
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The decoder layers, first to last."""
+        return list(cast(Any, self.module).get_decoder().layers)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads in each layer."""
+        return int(self.text_config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return int(getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // self.n_heads)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the text stack's weights."""
+        return next(self.layers[0].parameters()).dtype
+
+    @property
+    def attention_implementation(self) -> str:
+        """Which kernel the text stack runs: ``sdpa`` or ``eager``."""
+        return str(self.text_config._attn_implementation)
+
+    def output_weight(self, layer: int) -> torch.Tensor:
+        """W_O of a layer, ``[hidden, heads * head_dim]``: head h owns columns h*head_dim to (h+1)*head_dim."""
+        return cast(torch.Tensor, cast(Any, self.layers[layer]).self_attn.o_proj.weight)
+
+    def choose_layers(self, layers: Sequence[int] | None) -> list[int]:
+        """Check a choice of layers; ``None`` is all of them."""
+        if layers is None:
+            return list(range(self.n_layers))
+        wrong = [layer for layer in layers if not 0 <= layer < self.n_layers]
+        if wrong or not layers:
+            raise UsageError(
+                f"{self.name} has layers 0 to {self.n_layers - 1}; asked for {', '.join(map(str, wrong)) or 'none'}."
+            )
+        return sorted(set(layers))
+
+    # ------------------------------------------------------------------------------------------------------------ text
+
+    def chat(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Run the chat template."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise ProbeError(
+                f"The chat template of {self.name} fails on a conversation of users and assistants: {error}."
+            ) from error
+        return cast(str, text)
+
+    def unknown_words(self, episodes: Sequence[Episode]) -> tuple[int, int]:
+        """How many tokens of all questions and shown answers the tokenizer does not know, and how many there are."""
+        texts = {text for e in episodes for x in e.examples for text in (x.question, x.answer)}
+        if not texts:
+            return 0, 0
+        encoded = self.tokenizer(sorted(texts), add_special_tokens=False)["input_ids"]
+        tokens = [token for row in encoded for token in row]
+        return sum(token == self.tokenizer.unk_token_id for token in tokens), len(tokens)
+
+    def encode(self, episode: Episode, images: Sequence[Image.Image] | None = None) -> Encoding:
+        """Render, tokenise and map one episode (its gold answer included).
+
+        Parameters
+        ----------
+        episode
+            What to encode.
+        images
+            Its images in reading order, if they are open already (:func:`probe.data.images.open_images`).
+
+        Raises
+        ------
+        ProbeError
+            If an image cannot be read, or the chat template does not keep the texts as they are.
+        """
+        prompt = render_prompt(episode, self.chat, self.family.placeholder)
+        opened = list(images) if images is not None else open_images(episode)
+        inputs, tokens = self.family.process_images(self.image_processor, opened)
+        placeholder_id = self.tokenizer.convert_tokens_to_ids(self.family.placeholder)
+        return tokenise(prompt, self.tokenizer, cast(int, placeholder_id), tokens, inputs, episode.id)
+
+    def batch(self, encodings: Sequence[Encoding], *, with_answer: bool = True) -> Batch:
+        """Pad encodings on the left and move them to the model's device."""
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            raise ProbeError(f"The tokenizer of {self.name} has no padding token; set `pad_token` in its configuration.")
+        batch = collate(
+            encodings, pad_id, lambda ids: self.family.token_inputs(self.config, ids), with_answer=with_answer
+        )
+        return batch.to(self.device)
