@@ -1,1 +1,89 @@
-"""placeholder"""
+"""What do the demonstrations do to a vision-language model?
+
+>>> import probe
+>>> model = probe.load("toy")
+>>> episodes = probe.synthetic_episodes("recognition", shots=4, n=8)
+>>> result = probe.attention_map(model, episodes)
+>>> result["mass"].dims
+('episode', 'row', 'layer', 'head', 'segment')
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probe.data.choose import random_episodes
+    from probe.data.example import Episode, Example
+    from probe.data.manifest import read_manifest, write_manifest
+    from probe.data.readers import read_examples
+    from probe.data.tasks import synthetic_episodes
+    from probe.errors import ProbeError, UsageError
+    from probe.experiments.attention_map import attention_map
+    from probe.experiments.ranking import rank_heads
+    from probe.models.load import load
+    from probe.models.model import Model
+    from probe.models.token_map import TokenMap
+    from probe.plots.attention_map import plot_attention_map
+    from probe.plots.demonstration_position import plot_mass_by_demonstration
+    from probe.plots.overlay import plot_overlay
+    from probe.trace.edit import Edit, zero_head
+    from probe.trace.read import read
+
+# Loaded at first use, so that `probe --help` loads no torch.
+_HOMES = {
+    "random_episodes": "probe.data.choose",
+    "Episode": "probe.data.example",
+    "Example": "probe.data.example",
+    "read_manifest": "probe.data.manifest",
+    "write_manifest": "probe.data.manifest",
+    "read_examples": "probe.data.readers",
+    "synthetic_episodes": "probe.data.tasks",
+    "ProbeError": "probe.errors",
+    "UsageError": "probe.errors",
+    "attention_map": "probe.experiments.attention_map",
+    "rank_heads": "probe.experiments.ranking",
+    "load": "probe.models.load",
+    "Model": "probe.models.model",
+    "TokenMap": "probe.models.token_map",
+    "plot_attention_map": "probe.plots.attention_map",
+    "plot_mass_by_demonstration": "probe.plots.demonstration_position",
+    "plot_overlay": "probe.plots.overlay",
+    "Edit": "probe.trace.edit",
+    "zero_head": "probe.trace.edit",
+    "read": "probe.trace.read",
+}
+
+__all__ = [
+    "Edit",
+    "Episode",
+    "Example",
+    "Model",
+    "ProbeError",
+    "TokenMap",
+    "UsageError",
+    "attention_map",
+    "load",
+    "plot_attention_map",
+    "plot_mass_by_demonstration",
+    "plot_overlay",
+    "random_episodes",
+    "rank_heads",
+    "read",
+    "read_examples",
+    "read_manifest",
+    "synthetic_episodes",
+    "write_manifest",
+    "zero_head",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'probe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -103,8 +103,8 @@ def label(
     there = (n_tokens > 0)[:, None, None, None, :] & (n_positions > 0)[:, :, None, None, None]
     dims = ("episode", "row", "layer", "head", "segment")
 
-    def text(words: list[str]) -> tuple[str, NDArray[np.str_]]:
-        return "episode", np.array(words, dtype=str)
+    def text(words: list[str]) -> xr.Variable:
+        return xr.Variable("episode", np.array(words, dtype=str))
 
     return xr.Dataset(
         {

@@ -7,7 +7,7 @@ directory can keep, so that a run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 import xarray as xr
@@ -30,11 +30,8 @@ RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3,
 MAX_UNKNOWN_WORDS = 0.2
 
 
-class Parts(Protocol):
-    """Keeps finished parts; :class:`probe.store.Run` is one."""
-
-    def part(self, name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
-        """Return the part if it is there, else compute and keep it."""
+Keep = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset]
+"""Gives a part by its name, computing it only if it is not there; :meth:`probe.store.Run.part` is one."""
 
 
 def attention_map(
@@ -46,7 +43,7 @@ def attention_map(
     batch_size: int = 16,
     overlay_episodes: int = 2,
     max_new_tokens: int = 12,
-    parts: Parts | None = None,
+    keep: Keep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> xr.Dataset:
     """Measure, head by head, how much attention goes to each part of the demonstrations and what it carries.
@@ -68,8 +65,8 @@ def attention_map(
         For how many of the first episodes to keep the attention on every image token, and the images.
     max_new_tokens
         Length at which the model's own answer is cut.
-    parts
-        Keeps finished batches (a run directory).
+    keep
+        Keeps finished batches, such as the ``part`` of a run directory.
     progress
         Called with the number of episodes done after every batch.
 
@@ -103,7 +100,7 @@ def attention_map(
         def compute(unit: Sequence[Episode] = unit, n_overlay: int = n_overlay) -> xr.Dataset:
             return _measure(model, unit, plan, n_overlay, max_new_tokens)
 
-        done.append(parts.part(f"{start:06d}", compute) if parts else compute())
+        done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
         if progress:
             progress(start + len(unit))
     result = join(done)

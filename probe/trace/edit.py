@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from probe.errors import UsageError
 from probe.models.encoding import Batch
 
 Site = Literal["attention", "heads"]
@@ -87,6 +88,8 @@ def zero_head(layer: int, head: int) -> Edit:
     """Remove one head: its output is zero at every position."""
 
     def fn(value: Tensor, context: Context) -> Tensor:
+        if not 0 <= head < value.shape[2]:
+            raise UsageError(f"Layer {layer} has heads 0 to {value.shape[2] - 1}; asked for {head}.")
         kept = torch.ones(value.shape[2], dtype=value.dtype, device=value.device)
         kept[head] = 0
         return value * kept[:, None]

@@ -1,0 +1,49 @@
+"""The command line: a file for each command, and one place that turns errors into sentences."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run ``probe`` and exit: 0 done, 1 failed, 2 misused."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    from cyclopts import App, CycloptsError
+    from rich.console import Console
+
+    from probe.errors import ProbeError
+
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    app = App(
+        name="probe",
+        help=(
+            "What do the demonstrations do to a vision-language model?\n\n"
+            "Works offline on the bundled model: try `probe attention-map`."
+        ),
+        version_flags=["--version"],
+        help_format="markdown",
+        result_action="return_value",
+        error_console=errors,
+    )
+    app.command("probe.cli.attention_map:attention_map", name="attention-map")
+    debug = bool(os.environ.get("PROBE_DEBUG"))
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        errors.print(f"[bold red]probe:[/] {error}", markup=True)
+        return 2
+    except ProbeError as error:
+        if debug:
+            raise
+        errors.print("probe: ", style="bold red", end="")
+        errors.print(str(error), markup=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("probe: stopped; issue the same command again and it goes on where it stopped.")
+        return 130
+    return 0

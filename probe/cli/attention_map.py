@@ -1,0 +1,178 @@
+"""``probe attention-map``: where the attention goes, as a table, a picture and a labelled array on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from probe.cli.options import Json, Source, parse_layers
+from probe.errors import UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probe.cli.report import Reporter
+    from probe.data.example import Episode
+    from probe.experiments.ranking import RankedHead
+    from probe.store import Run
+
+Rows = Literal["answer", "demo-answers", "all"]
+
+PICTURE, MANIFEST = "attention_map.html", "episodes.jsonl"
+
+
+def attention_map(
+    source: Source | None = None,
+    *,
+    rows: Rows = "answer",
+    layers: str | None = None,
+    top: int = 5,
+    batch_size: int = 16,
+    out: Path | None = None,
+    json: Annotated[Json, Parameter(name="--json")] = False,
+) -> None:
+    """Measure how much attention each head pays to the demonstrations' images and text.
+
+    Prints the heads that attend most to the demonstrations' images and to their text (chosen on one half of the episodes,
+    reported with 95 % intervals on the other), and writes a picture that opens in any browser, offline.
+
+    The run directory holds the episodes (episodes.jsonl, written before anything runs), the labelled arrays
+    (result.zarr) and the picture (attention_map.html). The same command again reuses it; an interrupted run goes on where
+    it stopped.
+
+    The bundled model on a synthetic task:
+
+        probe attention-map --task recognition --shots 8
+
+    Your own checkpoint and data:
+
+        probe attention-map --model ~/models/Qwen2.5-VL-7B-Instruct --data photos.jsonl --layers 0:8 --out runs/photos
+
+    Parameters
+    ----------
+    source
+        Which model reads which episodes.
+    rows
+        `answer`: positions that predict the answer. `demo-answers`: also the demonstrations' own answer tokens. `all`: also
+        every position (mass only).
+    layers
+        Which layers to record, such as 3, or 0,2,5, or 0:4 for 0 to 3; the default is all.
+    top
+        How many heads to list for images and for text.
+    batch_size
+        Episodes in one forward; lower it if memory runs out.
+    out
+        The run directory; the default is a name under probe-runs/ made from the settings.
+    json
+        Print the summary as JSON and nothing else.
+    """
+    source = source or Source()
+    chosen = parse_layers(layers)
+    if top < 1 or batch_size < 1:
+        raise UsageError(f"--top and --batch-size must be 1 or more; got {top} and {batch_size}.")
+
+    from probe.cli.report import Reporter
+
+    reporter = Reporter(quiet=json)
+    with reporter.step("reading the episodes"):
+        from probe.data.manifest import episodes_key
+
+        episodes = source.read_episodes()
+        content = episodes_key(episodes)
+    with reporter.step("loading the libraries"):
+        from probe.models.fingerprint import of_directory
+        from probe.models.load import find
+        from probe.store import key, open_run
+
+        directory = find(source.model)
+        config = {
+            "experiment": "attention_map",
+            "model": source.model,
+            "model_fingerprint": of_directory(directory),
+            **source.describe(),
+            "dtype": source.dtype,
+            "n_episodes": len(episodes),
+            "episodes_key": content,
+            "rows": rows,
+            "layers": chosen,
+        }
+    what = source.data.stem if source.data else source.task or source.default_task
+    name = f"attention-map-{Path(source.model).name}-{what}-{key(config)[:8]}"
+    with open_run(out or Path("probe-runs") / name, config) as run:
+        reused = run.finished
+        if not reused:
+            _compute(run, source, episodes, rows, chosen, batch_size, reporter)
+        result = run.result()
+
+        from probe.experiments.ranking import rank_heads
+
+        with reporter.step("drawing"):
+            ranked = rank_heads(result, n=top)
+            draw(result, ranked, run.path(PICTURE))
+        reporter.show(result, ranked, run.directory, run.path(PICTURE), reused=reused)
+
+
+def _compute(
+    run: Run,
+    source: Source,
+    episodes: Sequence[Episode],
+    rows: Rows,
+    layers: list[int] | None,
+    batch_size: int,
+    reporter: Reporter,
+) -> None:
+    """Do the work of a run that is not finished."""
+    from probe.data.manifest import write_manifest
+    from probe.experiments import attention_map as experiment
+    from probe.models.load import load
+
+    with reporter.step("loading the model"):
+        model = load(source.model, dtype=source.dtype, device=source.device)
+        # What the model cannot read is refused before anything is written.
+        model.choose_layers(layers)
+        experiment.check_words(model, episodes)
+        write_manifest(episodes, run.path(MANIFEST))
+    with reporter.progress("reading episodes", len(episodes)) as progress:
+        result = experiment.attention_map(
+            model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
+        )
+    result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
+    run.finish(result)
+
+
+def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
+    """Write the picture of a result: maps, demonstrations by position, and single heads on the images."""
+    from probe.plots.attention_map import plot_attention_map
+    from probe.plots.demonstration_position import plot_mass_by_demonstration
+    from probe.plots.overlay import plot_overlay
+    from probe.plots.page import write_page
+
+    heads = list(dict.fromkeys((head.layer, head.head) for head in ranked))
+    figures = [
+        (
+            "Where each head looks",
+            "Attention of the position that predicts the answer, averaged over episodes. The five columns partition what it "
+            "can see; the first three are the demonstrations.",
+            plot_attention_map(result),
+        )
+    ]
+    if int(result["shots"].max()) > 0:
+        figures.append(
+            (
+                "By place of the demonstration",
+                "How the same attention spreads over the demonstrations' images and text, first to last read.",
+                plot_mass_by_demonstration(result, heads=heads[:4]),
+            )
+        )
+    if "patch_mass" in result and heads:
+        figures.append(
+            (
+                "On the images",
+                "One head's attention on every image token of one episode. Choose the head in the menu.",
+                plot_overlay(result, heads=heads),
+            )
+        )
+    write_page(path, result, figures, title="Attention map")
