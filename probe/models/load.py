@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 
 from probe.errors import ProbeError, UsageError, did_you_mean
 from probe.models.family import Family
@@ -116,7 +117,7 @@ def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None,
         module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
         image_processor = family.load_image_processor(directory)
         tokenizer = _load_tokenizer(directory)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProbeError(f"The checkpoint in {directory} cannot be loaded: {reason}") from error
     broken = {kind: sorted(report[kind]) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
