@@ -27,9 +27,7 @@ HEADS = [(4, 2, 64), (6, 1, 96), (2, 2, 32)]
 def models(heads=4, kv=2, hidden=64, seed=0):
     """The same random weights, loaded with the fused kernel and with eager attention."""
     processor = make_processor()
-    fused = make_module(
-        processor, seed=seed, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden
-    )
+    fused = make_module(processor, seed=seed, num_attention_heads=heads, num_key_value_heads=kv, hidden_size=hidden)
     eager = copy.deepcopy(fused)
     eager.set_attn_implementation("eager")
     return load(fused, processor=processor), eager

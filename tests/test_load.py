@@ -89,7 +89,9 @@ def test_a_directory_without_checkpoint(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "error"), [("{", ProbeError), ('{"model_type": "llava"}', UsageError), ("[]", UsageError)])
+@pytest.mark.parametrize(
+    ("content", "error"), [("{", ProbeError), ('{"model_type": "llava"}', UsageError), ("[]", UsageError)]
+)
 def test_a_config_of_something_else(copy, content, error):
     (copy / "config.json").write_text(content)
     with pytest.raises(error, match="cannot be read|holds a 'llava' model|holds a None model"):

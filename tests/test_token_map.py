@@ -128,7 +128,9 @@ def test_batches_are_padded_on_the_left(model):
 
 def test_a_straddling_token_takes_the_role_of_its_first_letter():
     """A tokenizer that merges across the border of question and delimiter: "cat?END" is one token."""
-    vocab = {w: i for i, w in enumerate(["<unk>", "<pad>", "<|image_pad|>", "Q:", "a", "cat?END", "A:", "red", "END", " "])}
+    vocab = {
+        w: i for i, w in enumerate(["<unk>", "<pad>", "<|image_pad|>", "Q:", "a", "cat?END", "A:", "red", "END", " "])
+    }
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken("<|image_pad|>", special=True), AddedToken("<pad>", special=True)])
@@ -155,10 +157,12 @@ def test_a_straddling_token_takes_the_role_of_its_first_letter():
 REWRITES = CHAT_TEMPLATE.replace("{{ part['text'] }}", "{{ part['text'] | upper }}")
 DROPS = CHAT_TEMPLATE.replace("{% elif 'text' in part %}", "{% elif 'text' in part and loop.first %}")
 LAST = CHAT_TEMPLATE.replace(
-    "{% endfor %}<|im_end|>", "{% endfor %}{% if loop.last and message['role'] == 'assistant' %} over{% endif %}<|im_end|>"
+    "{% endfor %}<|im_end|>",
+    "{% endfor %}{% if loop.last and message['role'] == 'assistant' %} over{% endif %}<|im_end|>",
 )
 ASKS = CHAT_TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
 NO_IMAGE = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+TOUCHING = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
 FAILS = "{{ raise_exception('only poems') }}"
 
 
@@ -171,11 +175,12 @@ FAILS = "{{ raise_exception('only poems') }}"
         (ASKS, "asks for an answer with"),
         (NO_IMAGE, "0 image placeholders"),
         (FAILS, "only poems"),
+        (TOUCHING, "two images without a token between them"),
     ],
 )
 def test_a_template_that_hides_positions_is_refused(model, template, complaint):
     with pytest.raises(ProbeError, match=complaint):
-        with_template(model, template).encode(make_episode(2, seed=1))
+        with_template(model, template).encode(make_episode(2, seed=1, images=2))
 
 
 @pytest.mark.parametrize(

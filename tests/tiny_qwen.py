@@ -15,7 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from probe.data.example import Episode, Example
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 CORPUS = (
     "What colour is the cat? red",
     "How many dogs are on the table? three dogs",
@@ -42,7 +50,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -67,7 +78,10 @@ def make_config(tokenizer: PreTrainedTokenizerFast, **text: object) -> Qwen2_5_V
     }
     half = sizes["hidden_size"] // sizes["num_attention_heads"] // 2
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -154,14 +168,18 @@ def picture(seed: int, size: tuple[int, int] = (84, 56)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def make_episode(shots: int, *, seed: int = 0, images: int = 1, sizes: tuple[tuple[int, int], ...] = ((84, 56),)) -> Episode:
+def make_episode(
+    shots: int, *, seed: int = 0, images: int = 1, sizes: tuple[tuple[int, int], ...] = ((84, 56),)
+) -> Episode:
     """An episode of random pictures; questions and answers differ in length."""
     rng = np.random.default_rng(seed)
     questions = ("What colour is the cat?", "How many dogs are on the table?", "Which animal is this?")
     answers = ("red", "three dogs", "a small brown cat with a long tail", "brown")
 
     def example(place: int) -> Example:
-        pictures = tuple(picture(1000 * seed + 10 * place + i, sizes[int(rng.integers(len(sizes)))]) for i in range(images))
+        pictures = tuple(
+            picture(1000 * seed + 10 * place + i, sizes[int(rng.integers(len(sizes)))]) for i in range(images)
+        )
         question, answer = questions[rng.integers(len(questions))], answers[rng.integers(len(answers))]
         return Example(f"e{seed}-{place}", pictures, question, (answer,))
 

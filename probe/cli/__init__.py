@@ -28,6 +28,7 @@ def run(arguments: list[str]) -> int:
         version_flags=["--version"],
         help_format="markdown",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
         error_console=errors,
     )
     app.command("probe.cli.attention_map:attention_map", name="attention-map")

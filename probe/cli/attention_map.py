@@ -125,10 +125,13 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
+    from transformers.utils.logging import disable_progress_bar
+
     from probe.data.manifest import write_manifest
     from probe.experiments import attention_map as experiment
     from probe.models.load import load
 
+    disable_progress_bar()  # transformers' own would break into ours
     with reporter.step("loading the model"):
         model = load(source.model, dtype=source.dtype, device=source.device)
         # What the model cannot read is refused before anything is written.
@@ -141,6 +144,11 @@ def _compute(
         )
     result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
     run.finish(result)
+
+
+def _first_of_each(ranked: Sequence[RankedHead], n: int) -> list[tuple[int, int]]:
+    """The heads of the first ``n`` ranks of each modality, each once."""
+    return list(dict.fromkeys((head.layer, head.head) for head in ranked if head.rank <= n))
 
 
 def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
@@ -159,12 +167,14 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
             plot_attention_map(result),
         )
     ]
-    if int(result["shots"].max()) > 0:
+    if heads and result.sizes["episode"] > 1:
+        report = result.sel(episode=result["half"] == "report")
         figures.append(
             (
                 "By place of the demonstration",
-                "How the same attention spreads over the demonstrations' images and text, first to last read.",
-                plot_mass_by_demonstration(result, heads=heads[:4]),
+                "How the same attention spreads over the demonstrations' images and text, first to last read, for the two "
+                "highest ranked heads of each kind, on the episodes that did not choose them.",
+                plot_mass_by_demonstration(report, heads=_first_of_each(ranked, 2)),
             )
         )
     if "patch_mass" in result and heads:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """Which model reads which episodes.
 
@@ -97,7 +97,9 @@ def parse_layers(text: str | None) -> list[int] | None:
         try:
             layers += range(int(start or 0), int(stop)) if colon else [int(start)]
         except ValueError:
-            raise UsageError(f"--layers {text!r} is not a choice of layers; write 3, or 0,2,5, or 0:4 for 0 to 3.") from None
+            raise UsageError(
+                f"--layers {text!r} is not a choice of layers; write 3, or 0,2,5, or 0:4 for 0 to 3."
+            ) from None
     if not layers:
         raise UsageError(f"--layers {text!r} chooses none; write 3, or 0,2,5, or 0:4 for 0 to 3.")
     return layers

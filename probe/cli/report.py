@@ -40,7 +40,13 @@ class Reporter:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar on standard error; yields a function that takes the number done."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.err, disable=self.quiet) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
@@ -57,7 +63,13 @@ class Reporter:
             heads = [head for head in ranked if head.modality == modality]
             if heads:
                 self.out.print(_table(heads, what))
-        if not ranked:
+        if ranked:
+            self.out.print(
+                f"Ranked on one half of the episodes, reported on the other (n = {ranked[0].mass.n}). A lift of 1 is uniform "
+                "attention. Attention is not use: knock a head out before you believe in it.",
+                style="dim",
+            )
+        else:
             self.out.print("No demonstrations, so no heads to rank.")
         if "caveat" in result.attrs:
             self.out.print(result.attrs["caveat"], style="italic yellow")
@@ -111,15 +123,24 @@ def _facts(result: xr.Dataset, *, reused: bool) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("model", f"{attrs['model']} ({attrs['model_family']}, {attrs['dtype']}, {attrs['attn_implementation']})")
-    table.add_row("episodes", f"{attrs['n_done']} of {attrs['data'] if 'data' in attrs else attrs['task']}, "
-                  f"{', '.join(map(str, shots))} shots, seed {attrs['seed']}")
+    table.add_row(
+        "model", f"{attrs['model']} ({attrs['model_family']}, {attrs['dtype']}, {attrs['attn_implementation']})"
+    )
+    table.add_row(
+        "episodes",
+        f"{attrs['n_done']} of {attrs['data'] if 'data' in attrs else attrs['task']}, "
+        f"{', '.join(map(str, shots))} shots, seed {attrs['seed']}",
+    )
     table.add_row("right answers", f"{accuracy} (95 %, Wilson)")
     table.add_row("unknown words", f"{attrs['unknown_word_share']:.1%}")
-    scale = f", to {attrs['image_scale']:.2g} of their size on average" if "image_scale" in attrs else ""
+    resized = int(result["n_resized"].sum())
+    scale = f", to {attrs['image_scale']:.2g} of their sides on average" if resized else ""
     table.add_row("images resized", f"{attrs['images_resized']}{scale}")
-    table.add_row("check", f"head outputs rebuilt from q, k, v to {float(result['residual'].max()):.1e} "
-                  f"(bound {attrs['residual_bound']:g})")
+    table.add_row(
+        "check",
+        f"head outputs rebuilt from q, k, v to {float(result['residual'].max()):.1e} "
+        f"(bound {attrs['residual_bound']:g})",
+    )
     if reused:
         table.add_row("", "this run was finished before and is shown again")
     return table
@@ -127,9 +148,13 @@ def _facts(result: xr.Dataset, *, reused: bool) -> Table:
 
 def _table(heads: Sequence[RankedHead], what: str) -> Table:
     table = Table(title=f"Heads that attend most to the {what}", title_justify="left")
-    for name, justify in (("layer.head", "left"), ("mass [95 % interval]", "right"), ("per token", "right"), ("lift", "right")):
+    for name, justify in (
+        ("layer.head", "left"),
+        ("mass [95 % interval]", "right"),
+        ("per token", "right"),
+        ("lift", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for head in heads:
         table.add_row(f"{head.layer}.{head.head}", str(head.mass), f"{head.per_token:.2g}", f"{head.lift:.2f}")
-    table.caption = f"Ranked on half of the episodes, reported on the other (n = {heads[0].mass.n}); lift 1 is uniform."
     return table

@@ -231,9 +231,7 @@ def synthetic_episodes(
     for index in range(n):
         rng = np.random.default_rng((seed, index, TASKS.index(task.removesuffix(TEXT_SUFFIX))))
         rule = draw_rule(rng)
-        items = draw_items(
-            rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query
-        )
+        items = draw_items(rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query)
         examples = [
             _example(f"{task}-{seed}-{index}-{place}", item, as_text, int(rng.integers(2**31)), split)
             for place, item in enumerate(items)

@@ -114,7 +114,10 @@ def label(
             "n_visible": (("episode", "row", "segment"), np.array(n_visible)),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), values["residual"]),
-            "correct": ("episode", [int(exact_match(a, e.query.answers)) for a, e in zip(answers, episodes, strict=True)]),
+            "correct": (
+                "episode",
+                [int(exact_match(a, e.query.answers)) for a, e in zip(answers, episodes, strict=True)],
+            ),
             "prediction": text(answers),
             "gold": text([episode.query.answer for episode in episodes]),
             "n_straddling": ("episode", [encoding.token_map.n_straddling for encoding in encodings]),
@@ -232,7 +235,9 @@ def join(parts: Sequence[xr.Dataset]) -> xr.Dataset:
         having = [part for part in shifted if dim in part.dims]
         if having:
             names = [name for name in having[0].data_vars if dim in having[0][name].dims]
-            joined.append(xr.concat([part[names] for part in having], dim, coords="minimal", compat="equals", join="exact"))
+            joined.append(
+                xr.concat([part[names] for part in having], dim, coords="minimal", compat="equals", join="exact")
+            )
     result = xr.merge(joined, compat="equals", join="exact")
     halves = np.where(np.arange(result.sizes["episode"]) % 2 == 0, "select", "report")
     result = result.assign_coords(half=("episode", halves))

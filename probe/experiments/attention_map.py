@@ -7,6 +7,7 @@ directory can keep, so that a run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -22,7 +23,7 @@ from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.models.token_map import segments_for
 from probe.trace.generate import generate
-from probe.trace.read import LayerValues, read
+from probe.trace.read import LayerValues, Reducer, read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest accepted residual for each type of weights; beyond it the recorded attention is not what the model computed."""
@@ -125,24 +126,42 @@ def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
     return unknown, words
 
 
-class _BatchRows:
-    """The rows of a batch, flattened: which positions to read, and how to average them into labelled rows."""
+@dataclass(frozen=True)
+class BatchRows:
+    """The rows of a batch, flattened: which positions to read, and how to average them into labelled rows.
 
-    def __init__(self, batch: Batch, plan: Plan) -> None:
+    Attributes
+    ----------
+    positions
+        ``[batch, flat row]``, padding counted; unused places read the last position and weigh nothing.
+    weights
+        ``[batch, row, flat row]``; a row without positions has weights 0.
+    """
+
+    positions: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, plan: Plan) -> BatchRows:
+        """The rows of a plan."""
         groups = [plan.positions(encoding) for encoding in batch.encodings]
         width = max(sum(len(g) for g in rows) for rows in groups)
-        device = batch.inputs["input_ids"].device
-        # Unused places read the last position and weigh nothing.
-        self.positions = torch.full((len(batch), width), batch.length - 1, device=device)
-        self.weights = torch.zeros(len(batch), len(plan.row_labels), width, device=device)
+        positions = torch.full((len(batch), width), batch.length - 1)
+        weights = torch.zeros(len(batch), len(plan.row_labels), width)
         for b, (rows, pad) in enumerate(zip(groups, batch.pads, strict=True)):
             at = 0
             for r, group in enumerate(rows):
                 for position in group:
-                    self.positions[b, at] = position + pad
-                    self.weights[b, r, at] = 1 / len(group)
+                    positions[b, at] = position + pad
+                    weights[b, r, at] = 1 / len(group)
                     at += 1
-        self.used = self.weights.sum(1) > 0
+        device = batch.inputs["input_ids"].device
+        return cls(positions.to(device), weights.to(device))
+
+    @property
+    def unused(self) -> Tensor:
+        """``[batch, flat row]``, where nothing is read."""
+        return self.weights.sum(1) == 0
 
     def average(self, values: Tensor) -> Tensor:
         """``[batch, head, flat row, segment]`` -> ``[batch, row, head, segment]``."""
@@ -154,20 +173,34 @@ class _BatchRows:
         return values.gather(1, index).transpose(1, 2)
 
 
-def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: int, max_new_tokens: int) -> xr.Dataset:
-    """Read one batch of episodes."""
-    pictures = [open_images(episode) for episode in episodes]
-    encodings = [model.encode(episode, images) for episode, images in zip(episodes, pictures, strict=True)]
-    batch = model.batch(encodings)
-    rows = _BatchRows(batch, plan)
-    index = torch.full((len(batch), batch.length), -1)
-    for b, encoding in enumerate(encodings):
-        index[b, batch.pads[b] :] = torch.from_numpy(encoding.token_map.segment_index(plan.segments))
-    segments = measure.one_hot_segments(index, len(plan.segments)).to(model.device)
+def make_reducer(
+    model: Model, rows: BatchRows, segments: Tensor, *, all_rows: bool = False, n_overlay: int = 0
+) -> Reducer:
+    """What is kept of each layer.
+
+    Parameters
+    ----------
+    model
+        Whose output projections carry the contributions.
+    rows
+        The rows to read.
+    segments
+        ``[batch, position, segment]``, one-hot; zero on padding.
+    all_rows
+        Whether to add the mass of every position.
+    n_overlay
+        For how many of the batch's episodes to keep the first row's attention on every key.
+
+    Returns
+    -------
+    Reducer
+        For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``, ``residual``
+        ``[batch]``, ``first_row`` ``[n_overlay, head, position]``, ``token_mass`` ``[batch, head, position, segment]``.
+    """
 
     def reduce(values: LayerValues) -> dict[str, Tensor]:
         at, heads = values.attention, values.heads
-        assert at is not None and heads is not None  # both sites are asked for below
+        assert at is not None and heads is not None  # a reducer for both sites
         attention = measure.row_attention(at.q, at.k, at.mask, at.scale, at.causal, rows.positions)
         outputs = measure.segment_outputs(attention, at.v, segments)
         factors = measure.output_factors(model.output_weight(values.layer), model.n_heads)
@@ -175,13 +208,27 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
         reduced = {
             "mass": rows.average(measure.segment_mass(attention, segments)),
             "contribution": rows.average(measure.contribution(outputs, factors)),
-            "residual": off.masked_fill(~rows.used[:, None], 0).amax((1, 2)),
+            "residual": off.masked_fill(rows.unused[:, None], 0).amax((1, 2)),
             "first_row": attention[:n_overlay, :, 0],
         }
-        if plan.rows == "all":
+        if all_rows:
             reduced["token_mass"] = measure.all_rows_mass(at.q, at.k, segments, at.mask, at.scale, at.causal)
         return reduced
 
+    return reduce
+
+
+def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: int, max_new_tokens: int) -> xr.Dataset:
+    """Read one batch of episodes."""
+    pictures = [open_images(episode) for episode in episodes]
+    encodings = [model.encode(episode, images) for episode, images in zip(episodes, pictures, strict=True)]
+    batch = model.batch(encodings)
+    index = torch.full((len(batch), batch.length), -1)
+    for b, encoding in enumerate(encodings):
+        index[b, batch.pads[b] :] = torch.from_numpy(encoding.token_map.segment_index(plan.segments))
+    segments = measure.one_hot_segments(index, len(plan.segments)).to(model.device)
+    all_rows = plan.rows == "all"
+    reduce = make_reducer(model, BatchRows.of(batch, plan), segments, all_rows=all_rows, n_overlay=n_overlay)
     reading = read(model, batch, ("attention", "heads"), reduce, layers=plan.layers)
     values = {
         name: torch.stack([reading.layers[layer][name] for layer in plan.layers], 1).numpy()
@@ -190,7 +237,7 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
     answers = generate(model, model.batch(encodings, with_answer=False), max_new_tokens=max_new_tokens)
     dataset = label(episodes, encodings, plan, values, answers)
     _check_residual(model, dataset)
-    if plan.rows == "all":
+    if all_rows:
         tokens = label_tokens(encodings, batch.pads, plan, values["token_mass"])
         _check_sums(model, tokens)
         dataset = dataset.merge(tokens)

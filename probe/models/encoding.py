@@ -208,7 +208,9 @@ def collate(
     rows = [e.ids if with_answer else e.ids[: e.n_prompt] for e in encodings]
     length = max(len(row) for row in rows)
     pads = tuple(length - len(row) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row, (pad, 0), value=pad_id) for row, pad in zip(rows, pads, strict=True)])
+    ids = torch.stack(
+        [torch.nn.functional.pad(row, (pad, 0), value=pad_id) for row, pad in zip(rows, pads, strict=True)]
+    )
     mask = torch.ones_like(ids)
     for row, pad in zip(mask, pads, strict=True):
         row[:pad] = 0

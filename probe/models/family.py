@@ -35,6 +35,8 @@ class Family:
         ``(image processor, images) -> (inputs, tokens of each image)``.
     token_inputs
         ``(config, padded token ids) -> inputs`` that follow from the ids.
+    adjacent_images
+        Whether two images may follow each other without a token between them.
     """
 
     name: str
@@ -44,3 +46,4 @@ class Family:
     load_image_processor: Callable[[Path], Any]
     process_images: Callable[[Any, list[Image.Image]], tuple[dict[str, Tensor], list[ImageTokens]]]
     token_inputs: Callable[[Any, Tensor], dict[str, Tensor]]
+    adjacent_images: bool = True

@@ -111,7 +111,7 @@ def load(
 
 def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None, device: Any) -> Model:
     family = family_of(directory)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     number = _dtype(dtype, chosen)
     try:
         module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
@@ -167,6 +167,18 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
             f"attn_implementation set to one of {', '.join(KERNELS)}."
         )
     return model
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {device!r}; write cpu, cuda or cuda:0.") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"There is no device {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use cpu."
+        )
+    return chosen
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:

@@ -159,6 +159,12 @@ class Model:
             If an image cannot be read, or the chat template does not keep the texts as they are.
         """
         prompt = render_prompt(episode, self.chat, self.family.placeholder)
+        pair = self.family.placeholder * 2
+        if not self.family.adjacent_images and pair in prompt.text:
+            raise ProbeError(
+                f"Episode {episode.id}: the chat template of {self.name} writes two images without a token between them, and "
+                f"{self.family.name} would take them for one; use a template that separates them."
+            )
         opened = list(images) if images is not None else open_images(episode)
         inputs, tokens = self.family.process_images(self.image_processor, opened)
         placeholder_id = self.tokenizer.convert_tokens_to_ids(self.family.placeholder)
@@ -168,7 +174,9 @@ class Model:
         """Pad encodings on the left and move them to the model's device."""
         pad_id = self.tokenizer.pad_token_id
         if pad_id is None:
-            raise ProbeError(f"The tokenizer of {self.name} has no padding token; set `pad_token` in its configuration.")
+            raise ProbeError(
+                f"The tokenizer of {self.name} has no padding token; set `pad_token` in its configuration."
+            )
         batch = collate(
             encodings, pad_id, lambda ids: self.family.token_inputs(self.config, ids), with_answer=with_answer
         )

@@ -132,9 +132,7 @@ def _check_generation_prompt(episode: Episode, chat: Chat, messages: list[Messag
         )
 
 
-def _turn_starts(
-    episode: Episode, chat: Chat, messages: list[Message], skeleton: str, placeholder: str
-) -> list[int]:
+def _turn_starts(episode: Episode, chat: Chat, messages: list[Message], skeleton: str, placeholder: str) -> list[int]:
     """Where each example's turn begins: character offsets into the skeleton."""
     starts = []
     for i in range(1, episode.shots + 1):

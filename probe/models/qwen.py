@@ -1,7 +1,7 @@
 """Qwen2.5-VL: images become a run of tokens in the text stream, one for each 28 x 28 pixels, positions are 3-D (mrope).
 
 What is special: the forward needs ``image_grid_thw`` and ``mm_token_type_ids``. Without the second, transformers falls
-back to 1-D positions and says nothing. The processor class insists on a video processor, which needs torchvision; so
+back to 1-D positions and says nothing; from it, it finds the images as runs, so two images need a token between them. The processor class insists on a video processor, which needs torchvision; so
 the image processor and the tokenizer are loaded by themselves.
 """
 
@@ -72,4 +72,5 @@ QWEN2_5_VL = Family(
     load_image_processor=load_image_processor,
     process_images=process_images,
     token_inputs=token_inputs,
+    adjacent_images=False,
 )

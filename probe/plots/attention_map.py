@@ -83,7 +83,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
     figure.update_xaxes(title={"text": "head", "standoff": 6}, row=2)
     for column in range(2, 6):
         figure.update_yaxes(ticks="", col=column)
-    for place, name in enumerate(("mass", "mass ÷ uniform"), start=1):
+    for place, name in enumerate(("mass", "mass per token ÷ uniform"), start=1):
         figure.update_yaxes(
             title={"text": f"<b>{name}</b><br>layer", "standoff": 8}, showticklabels=True, row=place, col=1
         )
@@ -99,7 +99,7 @@ def _heat_map(
     spread = ordered.std("episode").values
     n = ordered.notnull().sum("episode").values
     z = np.log10(np.clip(mean, *CLIP)) if lift else mean
-    what = "mass ÷ uniform" if lift else "mass"
+    what = "mass per token ÷ uniform" if lift else "mass"
     grid = np.meshgrid(layers, heads, indexing="ij")
     trace = go.Heatmap(
         z=z,

@@ -170,7 +170,9 @@ WATCHED = WatchedAttention()
 AttentionInterface.register("toy_watched", WATCHED)
 
 
-def seed_look_back(model: Qwen2_5_VLForConditionalGeneration, heads: dict[tuple[int, int], int], sharpness: float) -> None:
+def seed_look_back(
+    model: Qwen2_5_VLForConditionalGeneration, heads: dict[tuple[int, int], int], sharpness: float
+) -> None:
     """Set query and key biases so that a head starts by looking a fixed distance back.
 
     For distance d, the bias vectors are chosen on the rotary frequencies w of the temporal section so that their score

@@ -42,7 +42,10 @@ class Mixture:
     def tasks(self) -> dict[str, float]:
         """The probability of each task."""
         names = {"binding_cued": "binding-cued", "binding_uncued": "binding-uncued"}
-        return {names.get(name, name): getattr(self, name) for name in (*names, "vqa", "recognition", "operator", "describe")}
+        return {
+            names.get(name, name): getattr(self, name)
+            for name in (*names, "vqa", "recognition", "operator", "describe")
+        }
 
 
 @dataclass
@@ -124,9 +127,9 @@ def draw_batch(rng: np.random.Generator, n_episodes: int, n_items: int, mixture:
         ids=torch.tensor([pad(row.ids, ID[PAD]) for row in rows]),
         targets=torch.tensor([pad(row.targets, -100) for row in rows]),
         end_targets=torch.tensor([pad(row.end_targets, -100) for row in rows]),
-        positions=torch.tensor([[pad(list(axis), 0) for axis in zip(*row.positions, strict=True)] for row in rows]).transpose(
-            0, 1
-        ),
+        positions=torch.tensor(
+            [[pad(list(axis), 0) for axis in zip(*row.positions, strict=True)] for row in rows]
+        ).transpose(0, 1),
         scenes=scenes,
         guides=torch.tensor(guides, dtype=torch.long).reshape(-1, 3),
     )

@@ -276,7 +276,9 @@ def train_language(worker: Worker, model: nn.Module, bank: Tensor) -> None:
             answers = head(states[batch.targets != -100]).float()
             ends = head(states[batch.end_targets != -100]).float()
         loss = nn.functional.cross_entropy(answers, batch.targets[batch.targets != -100])
-        loss = loss + recipe.end_weight * nn.functional.cross_entropy(ends, batch.end_targets[batch.end_targets != -100])
+        loss = loss + recipe.end_weight * nn.functional.cross_entropy(
+            ends, batch.end_targets[batch.end_targets != -100]
+        )
         if (step + 1) % 100 == 0:
             worker.log(stage="language", step=step + 1, items=items, accuracy=accuracy_by_task(batch, answers))
         weights = WATCHED.take()
@@ -325,16 +327,12 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=Recipe.vision_steps)
     parser.add_argument("--language-steps", type=int, default=Recipe.language_steps)
     arguments = parser.parse_args()
-    recipe = Recipe(
-        seed=arguments.seed, vision_steps=arguments.vision_steps, language_steps=arguments.language_steps
-    )
+    recipe = Recipe(seed=arguments.seed, vision_steps=arguments.vision_steps, language_steps=arguments.language_steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.processes == 1:
         work(0, 1, arguments.out, recipe)
     else:
-        torch.multiprocessing.spawn(
-            work, args=(arguments.processes, arguments.out, recipe), nprocs=arguments.processes
-        )
+        torch.multiprocessing.spawn(work, args=(arguments.processes, arguments.out, recipe), nprocs=arguments.processes)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ SPECIAL = (PAD, START, UNKNOWN, IMAGE, "<|video_pad|>", "<|vision_start|>", "<|v
 REASONING = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "$")
 ANSWER_CUE, END = "A:", ";"
 INSTRUCTIONS = tuple(
-    "Answer the question from these examples with a word in what is it look at image first then so because same "
-    "different other this that not and or how many of which thing".split()
+    ["Answer", "the", "question", "from", "these", "examples", "with", "a", "word", "in", "what", "is", "it", "look", "at", "image", "first", "then", "so", "because", "same", "different", "other", "this", "that", "not", "and", "or", "how", "many", "of", "which", "thing"]
 )
 SPARE = tuple(f"<|spare_{index}|>" for index in range(32))
 
@@ -53,7 +52,11 @@ CHAT_TEMPLATE = """\
   {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
   {%- if message.role == 'user' -%}
     {%- for part in parts -%}
-      {%- if part.type == 'image' -%}{{- '<|image_pad|>' -}}{%- else -%}{{- ' ' + part.text -}}{%- endif -%}
+      {%- if part.type == 'image' -%}
+        {#- Two images in a row need a token between them, or transformers takes them for one. -#}
+        {{- '<|image_pad|>' + ('<|vision_end|>' if loop.nextitem is defined and loop.nextitem.type == 'image' else '') -}}
+      {%- else -%}{{- ' ' + part.text -}}
+      {%- endif -%}
     {%- endfor -%}
     {{- ' A:' -}}
   {%- elif message.role == 'assistant' -%}
