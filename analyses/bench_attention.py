@@ -1,16 +1,16 @@
 """What recording costs: time and peak memory against the plain forward (``make bench``).
 
-A random Qwen2.5-VL text stack (8 layers, hidden 512, 8 heads, 4 KV heads of width 64, fp32, one thread) reads n tokens in 20
-segments in four ways:
+A random Qwen2.5-VL text stack (8 layers, hidden 512, 8 heads, 4 KV heads of width 64, fp32, one thread) reads n tokens
+in 20 segments in four ways:
 
 * the plain forward, without nnsight;
 * the same with mass and contribution of the answer row recorded;
 * the same with the mass of all rows as well;
 * transformers' ``output_attentions=True`` (eager attention), the usual way to the same numbers.
 
-Rounds are interleaved; a ratio is taken within each round, so that what disturbs the machine disturbs both. Printed is the
-median ratio with a 95 % interval for the median (from the order statistics: it needs no assumption about the noise). Memory
-is the peak of the resident set above that of the loaded model, each way in a process of its own.
+Rounds are interleaved; a ratio is taken within each round, so that what disturbs the machine disturbs both. Printed is
+the median ratio with a 95 % interval for the median (from the order statistics: it needs no assumption about the
+noise). Memory is the peak of the resident set above that of the loaded model, each way in a process of its own.
 """
 
 from __future__ import annotations

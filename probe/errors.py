@@ -6,15 +6,18 @@ from __future__ import annotations
 class ProbeError(Exception):
     """Something that a user can put right.
 
-    The message is one or two sentences: what is wrong, where (file, line, episode, layer), and what to change. The command
-    line prints it without a traceback and exits with :attr:`exit_code`.
+    The message is one or two sentences: what is wrong, where (file, line, episode, layer), and what to change. The
+    command line prints it without a traceback and exits with :attr:`exit_code`.
     """
 
     exit_code = 1
 
 
 class UsageError(ProbeError):
-    """The request itself makes no sense: an unknown name, an option out of range, a combination that excludes itself."""
+    """The request itself makes no sense.
+
+    An unknown name, an option out of range, a combination that excludes itself.
+    """
 
     exit_code = 2
 

@@ -256,7 +256,10 @@ def test_a_directory_with_files_of_ones_own_is_left_alone(here, capsys):
 
 
 def test_help_loads_no_torch_and_is_quick():
-    code = "import sys; from probe.cli import run; run(['--help']); run(['attention-map', '--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from probe.cli import run; run(['--help']); run(['attention-map', '--help']); "
+        "print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "attention-map" in out
     assert "--shots" in out

@@ -59,7 +59,7 @@ def test_old_image_processor_files_mean_the_same(checkpoint, copy):
 def test_dtype_is_explicit(checkpoint):
     assert load(checkpoint, dtype="bfloat16").dtype == torch.bfloat16
     assert load(checkpoint, dtype=torch.float16).dtype == torch.float16
-    with pytest.raises(UsageError, match="did you mean float32 or|did you mean"):
+    with pytest.raises(UsageError, match=r"did you mean float32 or|did you mean"):
         load(checkpoint, dtype="float23")
 
 
@@ -94,7 +94,7 @@ def test_a_directory_without_checkpoint(tmp_path):
 )
 def test_a_config_of_something_else(copy, content, error):
     (copy / "config.json").write_text(content)
-    with pytest.raises(error, match="cannot be read|holds a 'llava' model|holds a None model"):
+    with pytest.raises(error, match=r"cannot be read|holds a 'llava' model|holds a None model"):
         load(copy)
 
 

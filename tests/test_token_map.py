@@ -54,7 +54,8 @@ def test_roles_give_back_the_texts(model, shots, images):
 
 @pytest.mark.parametrize("images", [1, 2, 32])
 def test_ids_and_pixels_are_those_of_the_hugging_face_processor(model, images):
-    """Against transformers' own processor on the same conversation (it accepts no missing video processor by itself)."""
+    """Against transformers' own processor on the same conversation (it accepts no missing video processor by
+    itself)."""
     from transformers import Qwen2_5_VLProcessor
     from transformers.processing_utils import ProcessorMixin
 
@@ -188,7 +189,7 @@ def test_a_template_that_hides_positions_is_refused(model, template, complaint):
 )
 def test_texts_that_spell_special_tokens_are_refused(model, question):
     query = Example("x", (picture(1),), question, ("red",))
-    with pytest.raises(ProbeError, match="remove it from the data|remove them from the data"):
+    with pytest.raises(ProbeError, match=r"remove it from the data|remove them from the data"):
         model.encode(Episode("e", (), query))
 
 
@@ -202,7 +203,8 @@ def test_white_space_and_unusual_letters(model):
 
 def test_a_template_without_system_prompt(model):
     template = CHAT_TEMPLATE.replace(
-        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}",
         "",
     )
     assert template != CHAT_TEMPLATE

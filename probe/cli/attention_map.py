@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,12 +37,12 @@ def attention_map(
 ) -> None:
     """Measure how much attention each head pays to the demonstrations' images and text.
 
-    Prints the heads that attend most to the demonstrations' images and to their text (chosen on one half of the episodes,
-    reported with 95 % intervals on the other), and writes a picture that opens in any browser, offline.
+    Prints the heads that attend most to the demonstrations' images and to their text (chosen on one half of the
+    episodes, reported with 95 % intervals on the other), and writes a picture that opens in any browser, offline.
 
     The run directory holds the episodes (episodes.jsonl, written before anything runs), the labelled arrays
-    (result.zarr) and the picture (attention_map.html). The same command again reuses it; an interrupted run goes on where
-    it stopped.
+    (result.zarr) and the picture (attention_map.html). The same command again reuses it; an interrupted run goes on
+    where it stopped.
 
     The bundled model on a synthetic task:
 
@@ -56,8 +57,8 @@ def attention_map(
     source
         Which model reads which episodes.
     rows
-        `answer`: positions that predict the answer. `demo-answers`: also the demonstrations' own answer tokens. `all`: also
-        every position (mass only).
+        `answer`: positions that predict the answer. `demo-answers`: also the demonstrations' own answer tokens. `all`:
+        also every position (mass only).
     layers
         Which layers to record, such as 3, or 0,2,5, or 0:4 for 0 to 3; the default is all.
     top
@@ -90,6 +91,7 @@ def attention_map(
         directory = find(source.model)
         config = {
             "experiment": "attention_map",
+            "probe_version": version("probe"),
             "model": source.model,
             "model_fingerprint": of_directory(directory),
             **source.describe(),
@@ -162,8 +164,8 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
     figures = [
         (
             "Where each head looks",
-            "Attention of the position that predicts the answer, averaged over episodes. The five columns partition what it "
-            "can see; the first three are the demonstrations.",
+            "Attention of the position that predicts the answer, averaged over episodes. The five columns partition "
+            "what it can see; the first three are the demonstrations.",
             plot_attention_map(result),
         )
     ]
@@ -172,8 +174,8 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
         figures.append(
             (
                 "By place of the demonstration",
-                "How the same attention spreads over the demonstrations' images and text, first to last read, for the two "
-                "highest ranked heads of each kind, on the episodes that did not choose them.",
+                "How the same attention spreads over the demonstrations' images and text, first to last read, for the "
+                "two highest ranked heads of each kind, on the episodes that did not choose them.",
                 plot_mass_by_demonstration(report, heads=_first_of_each(ranked, 2)),
             )
         )

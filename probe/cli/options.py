@@ -24,11 +24,11 @@ class Source:
     model
         `toy` (bundled) or a directory with a Qwen2.5-VL checkpoint in Hugging Face layout.
     data
-        Your own examples: a .jsonl file with lines like {"image": "cat.jpg", "question": "…", "answer": "…"}, or a folder of
-        images with a metadata.jsonl. Demonstrations are drawn at random for each query.
+        Your own examples: a .jsonl file with lines like {"image": "cat.jpg", "question": "…", "answer": "…"}, or a
+        folder of images with a metadata.jsonl. Demonstrations are drawn at random for each query.
     task
-        A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the end
-        (recognition-text) pictures are replaced by words. The default is recognition.
+        A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the
+        end (recognition-text) pictures are replaced by words. The default is recognition.
     shots
         Demonstrations before each query.
     episodes

@@ -65,8 +65,8 @@ class Reporter:
                 self.out.print(_table(heads, what))
         if ranked:
             self.out.print(
-                f"Ranked on one half of the episodes, reported on the other (n = {ranked[0].mass.n}). A lift of 1 is uniform "
-                "attention. Attention is not use: knock a head out before you believe in it.",
+                f"Ranked on one half of the episodes, reported on the other (n = {ranked[0].mass.n}). A lift of 1 is "
+                "uniform attention. Attention is not use: knock a head out before you believe in it.",
                 style="dim",
             )
         else:

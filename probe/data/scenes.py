@@ -1,13 +1,13 @@
 """The synthetic world: scenes of coloured shapes and handwritten digits, and their renderer.
 
-A :class:`Scene` is four attributes (colour, kind, count, size). :func:`render` draws it as an 84 x 56 picture: ``count``
-copies of one kind of object, in one colour, each in its own cell of a grid of 3 columns by 2 rows. A cell is as large as
-one image token of the bundled model, so that which token shows an object is known, and the grid is not square, so that
-mixing up rows and columns shows.
+A :class:`Scene` is four attributes (colour, kind, count, size). :func:`render` draws it as an 84 x 56 picture:
+``count`` copies of one kind of object, in one colour, each in its own cell of a grid of 3 columns by 2 rows. A cell is
+as large as one image token of the bundled model, so that which token shows an object is known, and the grid is not
+square, so that mixing up rows and columns shows.
 
-Kinds are eight shapes and the ten digits, drawn from real scans (scikit-learn's ``load_digits``), whose scans are split:
-training pictures and test pictures never share one. ``HELD_OUT_PAIRS`` are (colour, kind) pairs that no training picture
-shows.
+Kinds are eight shapes and the ten digits, drawn from real scans (scikit-learn's ``load_digits``), whose scans are
+split: training pictures and test pictures never share one. ``HELD_OUT_PAIRS`` are (colour, kind) pairs that no training
+picture shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import astuple, dataclass, fields
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -62,7 +62,8 @@ class Scene:
 
     def value(self, attribute: str) -> str:
         """The name of this scene's value of ``attribute`` (a key of :data:`VALUES`)."""
-        return VALUES[attribute][getattr(self, attribute)]
+        index: int = getattr(self, attribute)
+        return VALUES[attribute][index]
 
 
 ATTRIBUTES = tuple(field.name for field in fields(Scene))
@@ -140,7 +141,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     slope = rng.uniform(0, 25) * (x / WIDTH * math.cos(angle) + y / HEIGHT * math.sin(angle))
     level = rng.uniform(15, 70) if rng.random() < 0.5 else rng.uniform(175, 235)
     tint = rng.normal(0, 4, 3)
-    return np.clip(level + slope[..., None] + tint, 0, 255).astype(np.uint8)
+    return cast(np.ndarray, np.clip(level + slope[..., None] + tint, 0, 255).astype(np.uint8))
 
 
 def _stencil(kind: str, diameter: float, rng: np.random.Generator, split: Split) -> Image.Image:

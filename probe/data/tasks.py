@@ -11,11 +11,11 @@ task                    question            answer
 ``describe``            ``describe:``       count, colour and kind: three words
 ======================= =================== ==========================================================================
 
-Each task but ``describe`` has a text-only twin (``<task>-text``): the picture is replaced by its four attribute words, so
-that perception and induction can be told apart.
+Each task but ``describe`` has a text-only twin (``<task>-text``): the picture is replaced by its four attribute words,
+so that perception and induction can be told apart.
 
-A task draws a *rule* for an episode and then items that follow it. :func:`draw_items` gives these as plain data; training
-the bundled model uses them directly, and :func:`synthetic_episodes` renders them into episodes.
+A task draws a *rule* for an episode and then items that follow it. :func:`draw_items` gives these as plain data;
+training the bundled model uses them directly, and :func:`synthetic_episodes` renders them into episodes.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MAX_SHIFT = 5
 class Rule:
     """What stays the same within an episode.
 
-    ``classes`` lists the values of ``attribute`` that may occur (``None``: all), ``labels`` the answer of each value, and
-    ``shift`` the k of the operator task. What a task does not use is ``None``.
+    ``classes`` lists the values of ``attribute`` that may occur (``None``: all), ``labels`` the answer of each value,
+    and ``shift`` the k of the operator task. What a task does not use is ``None``.
     """
 
     task: str

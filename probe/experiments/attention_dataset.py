@@ -66,7 +66,8 @@ class Plan:
         """Keys of each segment that causal rows at ``positions`` can see, on average."""
         if not positions:
             return np.full(len(self.segments), np.nan)
-        return np.mean([self.count(encoding, position + 1) for position in positions], axis=0)
+        mean: NDArray[np.float64] = np.mean([self.count(encoding, position + 1) for position in positions], axis=0)
+        return mean
 
 
 def label(
@@ -179,7 +180,8 @@ def label_images(
     ``first_row`` is ``[episode, layer, head, position]``.
     """
     mass, image, row, column = [], [], [], []
-    owners, grids, sizes, thumbnails = [], [], [], []
+    owners: list[tuple[int, int]] = []
+    grids, sizes, thumbnails = [], [], []
     for b, images in enumerate(pictures):
         token_map = encodings[b].token_map
         for number, picture in enumerate(images):

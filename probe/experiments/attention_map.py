@@ -1,7 +1,7 @@
 """Where the attention goes: mass and contribution of every segment, for every head.
 
-The result is described in ``docs/results.md``. Episodes are read in batches; each batch becomes a labelled part, which a run
-directory can keep, so that a run that was interrupted goes on where it stopped.
+The result is described in ``docs/results.md``. Episodes are read in batches; each batch becomes a labelled part, which
+a run directory can keep, so that a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from probe.trace.generate import generate
 from probe.trace.read import LayerValues, Reducer, read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest accepted residual for each type of weights; beyond it the recorded attention is not what the model computed."""
+"""Largest accepted residual for each type of weights; beyond it the recorded attention is not what the model
+computed."""
 
 MAX_UNKNOWN_WORDS = 0.2
 
@@ -120,8 +121,9 @@ def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
     unknown, words = model.unknown_words(episodes)
     if unknown > MAX_UNKNOWN_WORDS * words:
         raise UsageError(
-            f"{unknown} of {words} words of the questions and answers ({unknown / words:.0%}) are unknown to {model.name}, "
-            f"more than {MAX_UNKNOWN_WORDS:.0%}: it would read noise. Choose a model that knows them, such as --model DIR."
+            f"{unknown} of {words} words of the questions and answers ({unknown / words:.0%}) are unknown to "
+            f"{model.name}, more than {MAX_UNKNOWN_WORDS:.0%}: it would read noise. Choose a model that knows them, "
+            "such as --model DIR."
         )
     return unknown, words
 
@@ -194,8 +196,9 @@ def make_reducer(
     Returns
     -------
     Reducer
-        For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``, ``residual``
-        ``[batch]``, ``first_row`` ``[n_overlay, head, position]``, ``token_mass`` ``[batch, head, position, segment]``.
+        For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``,
+        ``residual`` ``[batch]``, ``first_row`` ``[n_overlay, head, position]``, ``token_mass``
+        ``[batch, head, position, segment]``.
     """
 
     def reduce(values: LayerValues) -> dict[str, Tensor]:
@@ -251,11 +254,12 @@ def _check_residual(model: Model, dataset: xr.Dataset) -> None:
     off, bound = dataset["residual"], RESIDUAL_BOUND[model.dtype]
     if not bool((off <= bound).all()):
         worst = off.fillna(float("inf")).argmax(("episode", "layer"))
-        place = off.isel(worst)  # type: ignore[arg-type]
+        place = off.isel(worst)
         raise ProbeError(
-            f"The heads' outputs cannot be rebuilt from the recorded attention: episode {place['episode'].item()}, layer "
-            f"{place['layer'].item()} is off by {place.item():.2g} of its size, more than {bound:g} for {model.dtype}. The "
-            "numbers would not describe what the model computed; please report the model and the versions in use."
+            f"The heads' outputs cannot be rebuilt from the recorded attention: episode {place['episode'].item()}, "
+            f"layer {place['layer'].item()} is off by {place.item():.2g} of its size, more than {bound:g} for "
+            f"{model.dtype}. The numbers would not describe what the model computed; please report the model and the "
+            "versions in use."
         )
 
 
@@ -264,8 +268,9 @@ def _check_sums(model: Model, tokens: xr.Dataset) -> None:
     off = float(abs(tokens["token_mass"].sum("segment") - 1).max())
     if not off <= 2 * RESIDUAL_BOUND[model.dtype]:
         raise ProbeError(
-            f"The mass of some position sums to 1 ± {off:.2g}, more than {2 * RESIDUAL_BOUND[model.dtype]:g}: the attention "
-            f"kernel did not keep the precision of {model.dtype}. Record selected rows (--rows answer), or use float32."
+            f"The mass of some position sums to 1 ± {off:.2g}, more than {2 * RESIDUAL_BOUND[model.dtype]:g}: the "
+            f"attention kernel did not keep the precision of {model.dtype}. Record selected rows (--rows answer), "
+            "or use float32."
         )
 
 

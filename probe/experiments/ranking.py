@@ -6,6 +6,7 @@ halves share nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +76,7 @@ def rank_heads(result: xr.Dataset, *, n: int = 5, row: str = "answer") -> list[R
             layer, head = np.unravel_index(flat, score.shape)
             place = {"group": modality, "layer": result["layer"][layer], "head": result["head"][head]}
 
-            def on_report(values: xr.DataArray, place: dict[str, object] = place) -> np.ndarray:
+            def on_report(values: xr.DataArray, place: Mapping[str, object] = place) -> np.ndarray:
                 return values.sel(place).sel(episode=values["half"] == "report").values
 
             ranked.append(

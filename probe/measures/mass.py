@@ -5,8 +5,8 @@ For a query row q and segments s that partition the keys, attention splits exact
     out(q) = sum_s z_s,   z_s = sum_{k in s} A(q, k) v_k,   mass_s = sum_{k in s} A(q, k),   sum_s mass_s = 1.
 
 Through the output projection of its head, segment s writes ``z_s W_O`` into the residual stream; its norm is the
-*contribution* of s (the norm of the sum, so that opposite values cancel). With two segments, the demonstrations D and the
-rest, this is the identity ``SA = (1 - mu) SA_Q + mu SA_D`` that LIVE and MimIC build on: mu is the mass of D.
+*contribution* of s (the norm of the sum, so that opposite values cancel). With two segments, the demonstrations D and
+the rest, this is the identity ``SA = (1 - mu) SA_Q + mu SA_D`` that LIVE and MimIC build on: mu is the mass of D.
 
 Two ways, none of which builds the n x n matrix:
 
@@ -16,6 +16,8 @@ Two ways, none of which builds the n x n matrix:
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -102,14 +104,14 @@ def segment_outputs(
 def output_factors(weight: Float[Tensor, "hidden width_of_heads"], n_heads: int) -> Float[Tensor, "head width width"]:
     """For each head h, a small R_h with ``‖W_O^h z‖ = ‖R_h z‖`` for every z (from the QR decomposition of W_O^h)."""
     by_head = weight.detach().float().unflatten(1, (n_heads, -1)).transpose(0, 1)
-    return torch.linalg.qr(by_head, mode="r").R
+    return cast(Tensor, torch.linalg.qr(by_head, mode="r").R)
 
 
 def contribution(
     outputs: Float[Tensor, "batch head row segment width"], factors: Float[Tensor, "head width width"]
 ) -> Float[Tensor, "batch head row segment"]:
     """``‖z_s W_O‖``: the size of what each head writes because of each segment."""
-    return torch.einsum("bhrsd,hed->bhrse", outputs, factors).norm(dim=-1)
+    return cast(Tensor, torch.einsum("bhrsd,hed->bhrse", outputs, factors).norm(dim=-1))
 
 
 def residual(
@@ -121,7 +123,7 @@ def residual(
     head whose output happens to be tiny cannot raise an alarm by itself.
     """
     size = own.float().norm(dim=-1).square().mean(1, keepdim=True).sqrt()
-    return (rebuilt - own.float()).norm(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+    return cast(Tensor, (rebuilt - own.float()).norm(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def all_rows_mass(

@@ -138,8 +138,8 @@ def _refuse_special_tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, e
             for token in special:
                 if token in text:
                     raise ProbeError(
-                        f"Episode {episode}: the {span.role} {text!r} contains the special token {token}; remove it from "
-                        "the data."
+                        f"Episode {episode}: the {span.role} {text!r} contains the special token {token}; remove it "
+                        "from the data."
                     )
 
 

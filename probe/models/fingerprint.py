@@ -17,8 +17,8 @@ SUFFIXES = (".json", ".jinja", ".safetensors", ".txt", ".model")
 def of_directory(directory: Path) -> str:
     """Hash a checkpoint's files: 16 hexadecimal digits.
 
-    Files up to 64 MiB count whole. Of larger ones count size, time of change, and the first and last MiB: reading tens of
-    gigabytes would take longer than many an analysis.
+    Files up to 64 MiB count whole. Of larger ones count size, time of change, and the first and last MiB: reading tens
+    of gigabytes would take longer than many an analysis.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in directory.iterdir() if p.suffix in SUFFIXES and p.is_file()):

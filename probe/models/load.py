@@ -39,8 +39,8 @@ def find(name: str | Path) -> Path:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "is neither a known model nor a directory"
         raise UsageError(
-            f"{str(name)!r} {what}; {did_you_mean(str(name), tuple(BUNDLED))} Or give a directory that holds a checkpoint "
-            "in Hugging Face layout."
+            f"{str(name)!r} {what}; {did_you_mean(str(name), tuple(BUNDLED))} Or give a directory that holds a "
+            "checkpoint in Hugging Face layout."
         )
     family_of(directory)
     return directory
@@ -58,8 +58,8 @@ def family_of(directory: Path) -> Family:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise UsageError(
-            f"{directory} holds a {kind!r} model; known families are {', '.join(sorted(FAMILIES))}. Give the directory of "
-            "a Qwen2.5-VL checkpoint."
+            f"{directory} holds a {kind!r} model; known families are {', '.join(sorted(FAMILIES))}. Give the directory "
+            "of a Qwen2.5-VL checkpoint."
         )
     return FAMILIES[kind]
 
@@ -76,7 +76,8 @@ def load(
     Parameters
     ----------
     name
-        ``"toy"`` (the bundled model), a directory that holds a checkpoint in Hugging Face layout, or a module in memory.
+        ``"toy"`` (the bundled model), a directory that holds a checkpoint in Hugging Face layout, or a module in
+        memory.
     processor
         With a module: an object with ``tokenizer`` and ``image_processor`` (and ``chat_template`` if the tokenizer has
         none), such as a Hugging Face processor.
@@ -143,9 +144,10 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise UsageError(
-            f"The module is a {type(module).__name__} of type {kind!r}; known families are {', '.join(sorted(FAMILIES))}."
+            f"The module is a {type(module).__name__} of type {kind!r}; known families are "
+            f"{', '.join(sorted(FAMILIES))}."
         )
-    parts = [getattr(processor, part, None) for part in ("tokenizer", "image_processor")]
+    parts: list[Any] = [getattr(processor, part, None) for part in ("tokenizer", "image_processor")]
     if None in parts:
         raise UsageError("A module in memory needs processor=, an object with a tokenizer and an image_processor.")
     tokenizer, image_processor = parts

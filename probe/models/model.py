@@ -162,8 +162,8 @@ class Model:
         pair = self.family.placeholder * 2
         if not self.family.adjacent_images and pair in prompt.text:
             raise ProbeError(
-                f"Episode {episode.id}: the chat template of {self.name} writes two images without a token between them, and "
-                f"{self.family.name} would take them for one; use a template that separates them."
+                f"Episode {episode.id}: the chat template of {self.name} writes two images without a token between "
+                f"them, and {self.family.name} would take them for one; use a template that separates them."
             )
         opened = list(images) if images is not None else open_images(episode)
         inputs, tokens = self.family.process_images(self.image_processor, opened)

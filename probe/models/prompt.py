@@ -1,9 +1,10 @@
 """From an episode to text, knowing which character is what.
 
-The chat template is a program that we do not want to second-guess. So it is run on *sentinels*: unique strings in place of
-every question and answer. Where they appear in its output is where the texts go; the template's own output on prefixes
-of the conversation tells where a turn begins. Putting the texts in place of the sentinels must then give exactly what the
-template writes for the real texts. If it does not (a template that rewrites its content), that is an error, not a guess.
+The chat template is a program that we do not want to second-guess. So it is run on *sentinels*: unique strings in place
+of every question and answer. Where they appear in its output is where the texts go; the template's own output on
+prefixes of the conversation tells where a turn begins. Putting the texts in place of the sentinels must then give
+exactly what the template writes for the real texts. If it does not (a template that rewrites its content), that is an
+error, not a guess.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered episode: its text up to the end of the query's answer, and spans that cover every character in order."""
+    """A rendered episode.
+
+    Its text up to the end of the query's answer, and spans that cover every character in order.
+    """
 
     text: str
     spans: tuple[Span, ...]

@@ -1,8 +1,9 @@
 """Qwen2.5-VL: images become a run of tokens in the text stream, one for each 28 x 28 pixels, positions are 3-D (mrope).
 
 What is special: the forward needs ``image_grid_thw`` and ``mm_token_type_ids``. Without the second, transformers falls
-back to 1-D positions and says nothing; from it, it finds the images as runs, so two images need a token between them. The processor class insists on a video processor, which needs torchvision; so
-the image processor and the tokenizer are loaded by themselves.
+back to 1-D positions and says nothing; from it, it finds the images as runs, so two images need a token between them.
+The processor class insists on a video processor, which needs torchvision; so the image processor and the tokenizer are
+loaded by themselves.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def load_module(directory: Path, **options: Any) -> tuple[torch.nn.Module, dict[
     """The model and transformers' report on its weights."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         directory, output_loading_info=True, local_files_only=True, **options
     )
+    model, report = loaded
     return model, report
 
 

@@ -14,8 +14,8 @@ role           positions
 =============  ======================================================================================================
 
 ``demonstration`` says whose: 0 to k-1 in reading order, :data:`QUERY` for the query, :data:`NEITHER` for sink and
-template. The modality follows from the role: ``visual`` (image), ``textual`` (question, answer), ``structural`` (template,
-delimiter), ``sink``. So textual mass never contains structural tokens.
+template. The modality follows from the role: ``visual`` (image), ``textual`` (question, answer), ``structural``
+(template, delimiter), ``sink``. So textual mass never contains structural tokens.
 
 A *segment* is all positions of one role and one owner; its label is ``demo0/image``, ``query/question``, ``sink`` …
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,15 @@ def build(size: Size, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """A model with random weights, in fp32."""
     tokenizer = make_tokenizer()
     half = size.hidden // size.heads // 2
+    special: dict[str, Any] = {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(words()),
@@ -77,17 +87,12 @@ def build(size: Size, seed: int) -> Qwen2_5_VLForConditionalGeneration:
             "fullatt_block_indexes": list(range(size.vision_layers)),
             "initializer_range": size.init_std,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float()
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").float()
+    return cast(Qwen2_5_VLForConditionalGeneration, model)
 
 
 class ImageEncoder(nn.Module):
@@ -115,16 +120,16 @@ class ImageEncoder(nn.Module):
         for block in tower.blocks:
             states = states + self._attention(block.attn, block.norm1(states))
             states = states + block.mlp(block.norm2(states))
-        return tower.merger(states.flatten(0, 1)).view(n, IMAGE_TOKENS, -1)
+        return cast(Tensor, tower.merger(states.flatten(0, 1)).view(n, IMAGE_TOKENS, -1))
 
-    def _attention(self, attn: nn.Module, states: Tensor) -> Tensor:
+    def _attention(self, attn: Any, states: Tensor) -> Tensor:
         n, length, _ = states.shape
         query, key, value = attn.qkv(states).view(n * length, 3, attn.num_heads, -1).unbind(1)
         cos, sin = self.cos.repeat(n, 1), self.sin.repeat(n, 1)
         query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
         query, key, value = (x.view(n, length, attn.num_heads, -1).transpose(1, 2) for x in (query, key, value))
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        return attn.proj(mixed.transpose(1, 2).reshape(n, length, -1))
+        return cast(Tensor, attn.proj(mixed.transpose(1, 2).reshape(n, length, -1)))
 
 
 @dataclass
@@ -139,7 +144,7 @@ class WatchedAttention:
 
     def __call__(
         self,
-        module: nn.Module,
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,

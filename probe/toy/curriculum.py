@@ -53,9 +53,9 @@ class Batch:
     """Episodes padded on the right.
 
     ``ids`` and ``targets`` are ``[episode, position]``; a target of -100 carries no loss and belongs to the next token.
-    ``positions`` is ``[3, episode, position]`` (temporal, height, width). ``scenes`` lists the scene of every picture in
-    reading order. ``guides`` holds (episode, query position, key position) of an answer cue and an earlier answer of the
-    same class. ``tasks`` names the task of each episode.
+    ``positions`` is ``[3, episode, position]`` (temporal, height, width). ``scenes`` lists the scene of every picture
+    in reading order. ``guides`` holds (episode, query position, key position) of an answer cue and an earlier answer of
+    the same class. ``tasks`` names the task of each episode.
     """
 
     tasks: list[str]
@@ -104,7 +104,9 @@ def draw_items(rule: Rule, n: int, rng: np.random.Generator, repeated: float) ->
 
 def draw_batch(rng: np.random.Generator, n_episodes: int, n_items: int, mixture: Mixture) -> Batch:
     """Draw training episodes and lay them out."""
-    tasks, rows, scenes, guides = [], [], [], []
+    tasks, rows = [], []
+    scenes: list[tuple[int, int, int, int]] = []
+    guides: list[tuple[int, int, int]] = []
     for index in range(n_episodes):
         rule = draw_rule(rng, mixture)
         # Its answers are three times as long; a few items fewer keep the batch from being padded.

@@ -1,14 +1,17 @@
 """Train the bundled model: ``python -m probe.toy.train --out DIR``.
 
-Three stages, each seeded, logged to ``log.jsonl`` and resumed from its last checkpoint when the command is issued again:
+Three stages, each seeded, logged to ``log.jsonl`` and resumed from its last checkpoint when the command is issued
+again:
 
 1. *vision*: the vision tower learns the four attributes through linear read-outs of the mean of its output tokens;
-2. *bank*: it is frozen, and its outputs on fresh renders are stored, so that training the language model costs no vision;
+2. *bank*: it is frozen, and its outputs on fresh renders are stored, so that training the language model costs no
+   vision;
 3. *language*: the decoder learns the tasks from episodes (:mod:`probe.toy.curriculum`).
 
 Two named options seed circuits that this little training would not find by itself: ``look_back`` (query and key biases
-that start by looking a fixed distance back) and ``guidance`` (for the first part of training, a loss that asks some heads
-to look from the answer cue at the answers of demonstrations of the same class). Both are recorded beside the weights.
+that start by looking a fixed distance back) and ``guidance`` (for the first part of training, a loss that asks some
+heads to look from the answer cue at the answers of demonstrations of the same class). Both are recorded beside the
+weights.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from probe.data.scenes import HEIGHT, VALUES, WIDTH, every_scene, held_out, render
 from probe.toy.architecture import GRID, IMAGE_TOKENS, MERGE, PATCH, WATCHED, ImageEncoder, Size, build, seed_look_back
@@ -97,6 +103,10 @@ class Worker:
             os.replace(self.out / f"{name}.part", self.out / name)
 
 
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints."""
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 200 steps, then a cosine down to 3 % of the peak."""
     cosine = 0.03 + 0.97 * 0.5 * (1 + np.cos(np.pi * step / steps))
@@ -106,7 +116,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def optimise(
     worker: Worker, name: str, steps: int, peak: float, module: nn.Module, loss_at: Callable[[int], Tensor]
 ) -> None:
-    """Run AdamW over ``steps``, saving every minute and resuming where an earlier run stopped."""
+    """Run AdamW over ``steps``, saving now and then and resuming where an earlier run stopped."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     first, checkpoint = 0, worker.out / f"{name}.pt"
@@ -130,13 +140,13 @@ def optimise(
         if (step + 1) % 100 == 0:
             rate = (step + 1 - first) / (time.time() - started)
             worker.log(stage=name, step=step + 1, loss=round(smooth, 4), steps_per_second=round(rate, 2))
-        if time.time() - saved > 60 or step + 1 == steps:
+        if time.time() - saved >= SAVE_EVERY or step + 1 == steps:
             state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
             worker.save(f"{name}.pt", state)
             saved = time.time()
 
 
-# ---------------------------------------------------------------------------------------------------------------- vision
+# --------------------------------------------------------------------------------------------------------------- vision
 
 
 def to_patches(pictures: Tensor) -> Tensor:
@@ -164,7 +174,7 @@ def draw_pictures(first_seed: int, renders: int, degraded: float, worker: Worker
     return torch.from_numpy(pictures), torch.tensor(labels)
 
 
-def train_vision(worker: Worker, model: nn.Module) -> None:
+def train_vision(worker: Worker, model: Qwen2_5_VLForConditionalGeneration) -> None:
     """Stage 1: fit the vision tower through linear read-outs, which are thrown away."""
     recipe = worker.recipe
     encoder = ImageEncoder(model)
@@ -205,11 +215,11 @@ def train_vision(worker: Worker, model: nn.Module) -> None:
             worker.log(stage="vision", attribute=name, seen_pairs=round(seen, 4), held_out_pairs=round(unseen, 4))
 
 
-def make_bank(worker: Worker, model: nn.Module) -> Tensor:
+def make_bank(worker: Worker, model: Qwen2_5_VLForConditionalGeneration) -> Tensor:
     """Stage 2: ``[colour, kind, count, size, render, image token, hidden]``, zero for held-out pairs."""
     recipe, path = worker.recipe, worker.out / "bank.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        return cast(Tensor, torch.load(path, weights_only=True))
     seed = 1_000_000 * (recipe.seed + 1) + 500_000
     pictures, labels = draw_pictures(seed, recipe.bank_renders, recipe.degraded, worker)
     shape = tuple(len(values) for values in VALUES.values())
@@ -222,7 +232,7 @@ def make_bank(worker: Worker, model: nn.Module) -> Tensor:
     return bank
 
 
-# -------------------------------------------------------------------------------------------------------------- language
+# ------------------------------------------------------------------------------------------------------------- language
 
 
 def guidance_loss(weights: dict[int, Tensor], batch: Batch, heads: tuple[tuple[int, int], ...]) -> Tensor:
@@ -247,7 +257,7 @@ def accuracy_by_task(batch: Batch, logits: Tensor) -> dict[str, float]:
     return {task: round(values.float().mean().item(), 3) for task, values in chosen.items() if len(values)}
 
 
-def train_language(worker: Worker, model: nn.Module, bank: Tensor) -> None:
+def train_language(worker: Worker, model: Qwen2_5_VLForConditionalGeneration, bank: Tensor) -> None:
     """Stage 3: fit the decoder, with the vision tower's outputs from the bank."""
     recipe = worker.recipe
     decoder, head = model.model.language_model, model.lm_head
@@ -290,14 +300,23 @@ def train_language(worker: Worker, model: nn.Module, bank: Tensor) -> None:
     decoder.config._attn_implementation_internal = "sdpa"
 
 
-def export(worker: Worker, model: nn.Module) -> None:
+def export(worker: Worker, model: Qwen2_5_VLForConditionalGeneration) -> None:
     """Write the model, its processor files and its recipe in Hugging Face layout."""
     if worker.rank == 0:
         directory = worker.out / "model"
         model.save_pretrained(directory)
         save_processor(directory)
-        (directory / "recipe.json").write_text(json.dumps(asdict(worker.recipe), indent=2) + "\n")
+        (directory / "recipe.json").write_text((worker.out / "recipe.json").read_text())
         worker.log(stage="export", parameters=sum(p.numel() for p in model.parameters()))
+
+
+def claim(out: Path, recipe: Recipe) -> None:
+    """Take a directory for one recipe: checkpoints of another would be resumed as if they were its own."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, text = out / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{out} holds a training with another recipe (see {path}); choose another --out.")
+    path.write_text(text)
 
 
 def work(rank: int, world: int, out: Path, recipe: Recipe) -> None:
@@ -328,11 +347,11 @@ def main() -> None:
     parser.add_argument("--language-steps", type=int, default=Recipe.language_steps)
     arguments = parser.parse_args()
     recipe = Recipe(seed=arguments.seed, vision_steps=arguments.vision_steps, language_steps=arguments.language_steps)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    claim(arguments.out, recipe)
     if arguments.processes == 1:
         work(0, 1, arguments.out, recipe)
     else:
-        torch.multiprocessing.spawn(work, args=(arguments.processes, arguments.out, recipe), nprocs=arguments.processes)
+        spawn(work, args=(arguments.processes, arguments.out, recipe), nprocs=arguments.processes)
 
 
 if __name__ == "__main__":

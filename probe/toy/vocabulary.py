@@ -19,8 +19,10 @@ PAD, START, UNKNOWN, IMAGE = "<|endoftext|>", "<|im_start|>", "<|unk|>", "<|imag
 SPECIAL = (PAD, START, UNKNOWN, IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|fused|>")
 REASONING = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "$")
 ANSWER_CUE, END = "A:", ";"
-INSTRUCTIONS = tuple(
-    ["Answer", "the", "question", "from", "these", "examples", "with", "a", "word", "in", "what", "is", "it", "look", "at", "image", "first", "then", "so", "because", "same", "different", "other", "this", "that", "not", "and", "or", "how", "many", "of", "which", "thing"]
+INSTRUCTIONS = (
+    *("Answer", "the", "question", "from", "these", "examples", "with", "a", "word", "in", "what", "is", "it"),
+    *("look", "at", "image", "first", "then", "so", "because", "same", "different", "other", "this", "that"),
+    *("not", "and", "or", "how", "many", "of", "which", "thing"),
 )
 SPARE = tuple(f"<|spare_{index}|>" for index in range(32))
 
@@ -54,7 +56,8 @@ CHAT_TEMPLATE = """\
     {%- for part in parts -%}
       {%- if part.type == 'image' -%}
         {#- Two images in a row need a token between them, or transformers takes them for one. -#}
-        {{- '<|image_pad|>' + ('<|vision_end|>' if loop.nextitem is defined and loop.nextitem.type == 'image' else '') -}}
+        {{- '<|image_pad|>' + \
+('<|vision_end|>' if loop.nextitem is defined and loop.nextitem.type == 'image' else '') -}}
       {%- else -%}{{- ' ' + part.text -}}
       {%- endif -%}
     {%- endfor -%}

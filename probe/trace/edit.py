@@ -1,7 +1,7 @@
 """The one way to change a forward: what a site's value is replaced by.
 
-An edit names a site and a layer, and gives a function from the value to its replacement. Knockouts, oracles, vectors and
-fused tokens are lists of edits.
+An edit names a site and a layer, and gives a function from the value to its replacement. Knockouts, oracles, vectors
+and fused tokens are lists of edits.
 
 Sites
 -----

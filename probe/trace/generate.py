@@ -13,8 +13,8 @@ from probe.models.model import Model
 def generate(model: Model, batch: Batch, *, max_new_tokens: int) -> list[str]:
     """Greedy answers.
 
-    The checkpoint's own sampling settings (temperature, repetition penalty) are switched off: they belong to chatting, and
-    a repetition penalty would punish a model for answering as a demonstration does.
+    The checkpoint's own sampling settings (temperature, repetition penalty) are switched off: they belong to chatting,
+    and a repetition penalty would punish a model for answering as a demonstration does.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -77,14 +77,15 @@ def _wrap(module: torch.nn.Module) -> Any:
 def _attention_call(attention: Any) -> Any:
     """The operation inside an attention module's forward that runs the kernel.
 
-    Its name is bound to the version of nnsight: of the lines that mention ``attention_interface``, the last is the call.
+    Its name is bound to the version of nnsight: of the lines that mention ``attention_interface``, the last is the
+    call.
     """
     source = attention.source
     names = [name for name in source.names if name.startswith("attention_interface_")]
     if not names:
         raise RuntimeError(
-            f"No attention call was found in {type(attention._module).__name__}.forward; probe is tested with nnsight 0.8 "
-            "and transformers 5, see constraints.txt."
+            f"No attention call was found in {type(attention._module).__name__}.forward; probe is tested with nnsight "
+            "0.8 and transformers 5, see constraints.txt."
         )
     return getattr(source, names[-1])
 
@@ -140,6 +141,7 @@ def read(
         raise UsageError("Reading needs both sites and a reducer, or neither.")
     model.choose_layers([edit.layer for edit in edits] or None)
     chosen = set(model.choose_layers(layers)) if sites else set()
+    reducer = cast(Reducer, reduce)  # there is one wherever a layer was chosen: both come with sites
     edited = {edit.layer for edit in edits}
     n_heads = model.n_heads
     wrapped = _wrap(model.module)
@@ -159,7 +161,7 @@ def read(
                     values = LayerValues(
                         layer, attention if "attention" in sites else None, heads if "heads" in sites else None, batch
                     )
-                    collected[layer] = {name: value.cpu() for name, value in reduce(values).items()}
+                    collected[layer] = {name: value.cpu() for name, value in reducer(values).items()}
                 if layer in edited:
                     for edit in edits:
                         if edit.layer == layer:
