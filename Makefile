@@ -4,7 +4,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Test processes; each computes on one thread.
 JOBS ?= 2
-DEMO ?= probe-runs/demo
 
 BIN := .venv/bin
 # Not compiling what is never imported halves the time.
@@ -13,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 .PHONY: demo test install lint format types docs notebooks bench clean
 
 demo: .venv/installed
-	$(BIN)/probe attention-map --model toy --out $(DEMO)
+	$(BIN)/probe attention-map --model toy
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
@@ -51,5 +50,5 @@ bench: .venv/installed
 	$(BIN)/python analyses/bench_attention.py
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist docs/_build docs/reference $(DEMO)
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist docs/_build docs/reference
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,8 +9,9 @@ in 20 segments in four ways:
 * transformers' ``output_attentions=True`` (eager attention), the usual way to the same numbers.
 
 Rounds are interleaved; a ratio is taken within each round, so that what disturbs the machine disturbs both. Printed is
-the median ratio with a 95 % interval for the median (from the order statistics: it needs no assumption about the
-noise). Memory is the peak of the resident set above that of the loaded model, each way in a process of its own.
+the median ratio with a 95 % interval for the median (from the order statistics: no assumption about the noise); with
+fewer than six rounds, the range. Memory is the peak of the resident set above that of the loaded model, each way in
+processes of its own, the median of three.
 """
 
 from __future__ import annotations
@@ -107,10 +108,13 @@ def _as_model(module: torch.nn.Module) -> Model:
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval for the median: the tightest symmetric pair of order statistics that covers it."""
+    """A 95 % interval for the median: the tightest symmetric pair of order statistics that covers it.
+
+    With fewer than six values not even the smallest and the largest do; they are what is returned.
+    """
     ordered, n = np.sort(values), len(values)
     lower = int(binom.ppf(0.025, n, 0.5))
-    while lower > 0 and 1 - 2 * binom.cdf(lower - 1, n, 0.5) < 0.95:
+    while lower > 0 and 1 - 2 * binom.cdf(lower, n, 0.5) < 0.95:  # what the pair (lower, n - 1 - lower), from 0, covers
         lower -= 1
     return float(ordered[lower]), float(ordered[n - 1 - lower])
 
@@ -133,10 +137,10 @@ def time_ways(n: int, rounds: int, slow_rounds: int) -> dict[str, np.ndarray]:
 
 
 def peak_of(way: str, n: int) -> float:
-    """Peak memory in MB of one forward above that of the loaded model, in a process of its own."""
+    """Peak memory in MB of one forward above that of the loaded model: the median of three processes."""
     command = [sys.executable, __file__, "--peak", way, "--lengths", str(n)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(out.stdout.strip().splitlines()[-1]))
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    return float(np.median([json.loads(run.stdout.strip().splitlines()[-1]) for run in runs]))
 
 
 def print_peak(way: str, n: int) -> None:
@@ -167,7 +171,7 @@ def time_commands(rounds: int) -> Table:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     for arguments, runs, bar in (
         (["--help"], rounds, 0.3),
-        (["attention-map", "--out", "run"], max(3, rounds // 3), 20.0),
+        (["attention-map", "--out", "run"], max(6, rounds // 2), 20.0),
     ):
         seconds = []
         for number in range(-1, runs):  # the first run fills the caches of the disk and is dropped

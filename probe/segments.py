@@ -39,7 +39,7 @@ CONTENT = ("visual", "textual")
 
 
 def density(result: xr.Dataset) -> xr.DataArray:
-    """Mass per token of a segment.
+    """Mass per token of a segment that the row can see.
 
     Parameters
     ----------
@@ -49,10 +49,10 @@ def density(result: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        Dimensions of ``mass``; unit: probability per token; NaN where the episode lacks the segment.
+        Dimensions of ``mass``; unit: probability per token; NaN where the row can see no token of the segment.
     """
-    n_tokens = result["n_tokens"]
-    return (result["mass"] / n_tokens.where(n_tokens > 0)).rename("density").assign_attrs(units="probability per token")
+    visible = result["n_visible"]
+    return (result["mass"] / visible.where(visible > 0)).rename("density").assign_attrs(units="probability per token")
 
 
 def visible_share(result: xr.Dataset) -> xr.DataArray:
@@ -68,9 +68,8 @@ def visible_share(result: xr.Dataset) -> xr.DataArray:
     xarray.DataArray
         Dimensions (episode, row, segment); NaN where the row can see no key of the segment.
     """
-    visible = result["n_visible"]
-    share = visible.where(visible > 0) / visible.sum("segment", min_count=1)
-    return share.rename("visible_share").assign_attrs(units="share of visible keys")
+    share = result["visible_share"]
+    return share.where(share > 0).assign_attrs(units="share of visible keys")
 
 
 def lift(result: xr.Dataset) -> xr.DataArray:
@@ -171,7 +170,7 @@ def group_mass(result: xr.Dataset, *, row: str = "answer", per_token: bool = Fal
     row
         One label of the coordinate ``row``.
     per_token
-        Divide by the number of tokens in the group.
+        Divide by the number of the group's tokens that the row can see.
 
     Returns
     -------
@@ -179,11 +178,12 @@ def group_mass(result: xr.Dataset, *, row: str = "answer", per_token: bool = Fal
         Dimensions (group, episode, layer, head), groups as in :data:`GROUPS`; without ``per_token`` the groups that an
         episode has sum to 1.
     """
-    mass = by_group(select_row(result, row)["mass"])
+    selected = select_row(result, row)
+    mass = by_group(selected["mass"])
     if not per_token:
         return mass.rename("group_mass").assign_attrs(units="probability")
-    n_tokens = by_group(result["n_tokens"])
-    return (mass / n_tokens.where(n_tokens > 0)).rename("group_density").assign_attrs(units="probability per token")
+    visible = by_group(selected["n_visible"])
+    return (mass / visible.where(visible > 0)).rename("group_density").assign_attrs(units="probability per token")
 
 
 def group_lift(result: xr.Dataset, *, row: str = "answer") -> xr.DataArray:

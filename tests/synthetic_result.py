@@ -142,6 +142,7 @@ def synthetic_result(
             "contribution": (("episode", "row", "layer", "head", "segment"), contribution),
             "n_tokens": (("episode", "segment"), n_tokens),
             "n_visible": (("episode", "row", "segment"), n_visible),
+            "visible_share": (("episode", "row", "segment"), n_visible / np.nansum(n_visible, -1, keepdims=True)),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), rng.uniform(0, 1e-6, (n, layers))),
             "correct": ("episode", correct),

@@ -256,3 +256,77 @@ def test_correct_follows_the_models_own_answer():
     right = Example("x", (picture(5),), "What colour is the cat?", ("nothing like it", said))
     result = attention_map(model, [Episode("e", (), right), Episode("f", (), example)], max_new_tokens=4)
     assert result["correct"].values.tolist() == [1, 0]
+
+
+def test_uniform_attention_has_lift_one_in_every_row():
+    """Queries and keys of zero attend alike to all they see, in rows of several positions too."""
+    from probe.segments import density, lift
+
+    processor = make_processor()
+    module = make_module(processor)
+    with torch.no_grad():
+        for layer in module.model.language_model.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                part.weight.zero_()
+                part.bias.zero_()
+    result = attention_map(load(module, processor=processor), EPISODES, rows="demo-answers")
+    values = lift(result)
+    seen = (result["visible_share"] > 0) & result["mass"].notnull()
+    assert float(result["n_positions"].max()) > 3
+    np.testing.assert_allclose(values.where(seen, 1), 1, atol=1e-5)
+    assert values.where(~seen).isnull().all()
+    rows = result.sel(row="answer")
+    expected = 1 / rows["n_visible"].sum("segment")
+    per_token = density(rows)
+    np.testing.assert_allclose((per_token / expected).where(per_token.notnull(), 1), 1, atol=1e-5)
+
+
+def test_words_count_as_often_as_they_are_read():
+    """One unknown question on every example is most of what is read, however many answers are known."""
+    model = load("toy")
+    questions = [
+        Example(f"{i}", (), "what on earth is this supposed to be", (word,))
+        for i, word in enumerate(("red", "blue", "one"))
+    ]
+    episodes = [Episode(example.id, tuple(questions[:1]), example) for example in questions]
+    unknown, words = model.unknown_words(episodes)
+    assert words == 6 * 9
+    assert unknown / words > 0.4
+    with pytest.raises(UsageError, match="unknown to toy"):
+        attention_map(model, episodes)
+
+
+def test_a_long_answer_is_not_cut():
+    """The limit follows the longest answer that could be accepted."""
+    model, _ = models()
+    answer = "a small brown cat with a long tail on the table " * 3
+    result = attention_map(
+        model, [Episode("e", (), Example("x", (), "Which animal is this?", ("red", answer.strip())))]
+    )
+    assert result.attrs["max_new_tokens"] == 8 + len(model.tokenizer(answer.strip())["input_ids"])
+
+
+def test_a_part_of_another_precision_is_refused():
+    """What an interrupted run left behind is checked like what is new."""
+    model, _ = models()
+
+    def keep(name, compute):
+        part = compute()
+        return part.assign(residual=part["residual"] + (3e-3 if name.startswith("000000") else 0))
+
+    with pytest.raises(ProbeError, match=r"cannot be rebuilt.*episode1"):
+        attention_map(model, EPISODES, batch_size=2, keep=keep)
+
+
+def test_too_little_memory_and_impossible_images_are_sentences(monkeypatch):
+    model, _ = models()
+    thin = Episode("thin", (), Example("x", (picture(1, (600, 2)),), "What colour is the cat?", ("red",)))
+    with pytest.raises(ProbeError, match=r"Episode thin: the image processor .* \(600, 2\)"):
+        attention_map(model, [thin])
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(experiment, "_measure", no_memory)
+    with pytest.raises(ProbeError, match="batch of 2 episodes does not fit"):
+        attention_map(model, EPISODES[:3], batch_size=2)

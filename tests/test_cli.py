@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,7 @@ MESSAGES = [
     (("--layers", "0:99"), 2, "has layers 0 to 5; asked for 6,"),
     (("--layers", "a"), 2, "is not a choice of layers"),
     (("--layers", "4:2"), 2, "chooses none"),
+    (("--layers", "0:300000000"), 2, "no model has"),
     (("--rows", "some"), 2, "answer"),
     (("--shots", "many"), 2, "many"),
     (("--dtype", "float23"), 2, "did you mean float32"),
@@ -238,6 +240,50 @@ def test_words_that_the_bundled_model_does_not_know(here, photos, capsys):
     assert "unknown to toy" in message
     assert "--model" in message
     assert not list(here.rglob("*.*"))
+
+
+def test_bad_data_leaves_the_directory_to_mended_data(here, photos, capsys):
+    """A text with a special token and a picture that the image processor refuses, then the same data mended."""
+    good = (photos / "photos.jsonl").read_text()
+    arguments = ("--data", str(photos / "photos.jsonl"), "--shots", "1", "--out", "run")
+    break_line(photos, 2, json.dumps({"image": "photo 1.jpg", "question": "colour? <|im_start|>", "answer": "red"}))
+    code, message = failure(capsys, *arguments)
+    assert (code, list(here.iterdir())) == (1, [])
+    assert "special token <|im_start|>" in message
+    Image.new("RGB", (900, 3)).save(photos / "thin.png")
+    break_line(photos, 2, json.dumps({"image": "thin.png", "question": "colour?", "answer": "red"}))
+    code, message = failure(capsys, *arguments)
+    assert (code, list(here.iterdir())) == (1, [])
+    assert "(900, 3)" in message
+    (photos / "photos.jsonl").write_text(good)
+    assert as_json(capsys, *arguments)["n_done"] == 6
+
+
+def test_text_of_the_user_is_never_markup(photos, capsys):
+    code, message = failure(capsys, "--rows", "[/x]")
+    assert code == 2
+    assert "[/x]" in message
+    renamed = photos.rename(photos.parent / "odd [b]")
+    assert run(["attention-map", "--data", str(renamed / "photos.jsonl"), "--shots", "1", "--out", "r[/b]"]) == 0
+    assert "r[/b]/attention_map.html" in capsys.readouterr().out.replace("\n", "")
+    assert run(["attention-map", "--shots", "1", "--episodes", "2"]) == 0
+    assert "[nan, nan]" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8(photos, capsys):
+    renamed = Path(os.fsdecode(os.fsencode(photos.parent) + b"/caf\xe9"))
+    photos.rename(renamed)
+    got = as_json(capsys, "--data", str(renamed / "photos.jsonl"), "--shots", "1", "--out", "run")
+    assert got["data_path"].endswith("caf\\xe9/photos.jsonl")
+
+
+def test_another_precision_is_another_run(capsys):
+    arguments = ("--episodes", "2", "--shots", "1", "--out", "run")
+    assert as_json(capsys, *arguments)["dtype"] == "float32"
+    code, message = failure(capsys, *arguments, "--dtype", "bfloat16")
+    assert code == 2
+    assert "dtype" in message
+    assert as_json(capsys, *arguments, "--dtype", "float32", "--device", "cpu")["reused"]
 
 
 def test_a_directory_of_another_family(tmp_path, capsys):

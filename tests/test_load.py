@@ -156,6 +156,66 @@ def test_a_module_with_another_kernel_is_refused():
         load(module, processor=processor)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"\xff\xfe broken"),
+        ("config.json", b'{"model_type": "qwen2_5_vl", "text_config": {"hidden_size": "big"}}'),
+        ("tokenizer.json", b"{"),
+    ],
+)
+def test_files_that_mean_nothing(copy, name, content):
+    (copy / name).write_bytes(content)
+    with pytest.raises(ProbeError, match="cannot be loaded"):
+        load(copy)
+
+
+def test_a_broken_old_chat_template(tmp_path):
+    directory = save_checkpoint(tmp_path / "m", template="json")
+    (directory / "chat_template.json").write_text("{")
+    with pytest.raises(ProbeError, match="cannot be loaded"):
+        load(directory)
+
+
+def test_only_safetensors_are_read(copy):
+    """Pickled weights are never opened: they can run code, and the fingerprint does not cover them."""
+    for path in copy.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(ProbeError, match="cannot be loaded"):
+        load(copy)
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "gpu", "cuda:77"])
+def test_devices_that_are_not_here(checkpoint, device):
+    with pytest.raises(UsageError, match=device):
+        load(checkpoint, device=device)
+
+
+def test_sliding_windows_are_refused():
+    processor = make_processor()
+    module = make_module(processor, use_sliding_window=True, sliding_window=16, max_window_layers=0)
+    with pytest.raises(UsageError, match="sliding windows"):
+        load(module, processor=processor)
+
+
+def test_a_tokenizer_without_padding(copy):
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ProbeError, match="no padding token"):
+        load(copy)
+
+
+def test_the_bundled_model_keeps_its_caveat_wherever_it_lies(tmp_path, monkeypatch):
+    from probe.models.load import TOY
+
+    moved = shutil.copytree(TOY, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert load("copy").caveat == load(moved).caveat == load("toy").caveat != ""
+
+
 def test_the_fingerprint_follows_the_files(checkpoint, copy):
     assert of_directory(copy) == of_directory(checkpoint)
     weights = sorted(copy.glob("*.safetensors"))[0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -125,6 +129,33 @@ def test_the_gradient_through_an_edit_equals_that_through_a_hook(model, batch):
     assert ours.abs().max() > 0
 
 
+def test_a_model_that_was_read_can_be_freed():
+    processor = make_processor()
+    model = load(make_module(processor), processor=processor)
+    read(model, model.batch([model.encode(EPISODES[0])]), ("heads",), lambda v: {"z": v.heads})
+    module = weakref.ref(model.module)
+    del model
+    gc.collect()
+    assert module() is None
+
+
+def test_two_models_of_one_module_agree(model, batch):
+    """A model with another template wraps the same module a second time."""
+    other = dataclasses.replace(model, name="other")
+    first = read(model, batch, ("heads",), lambda v: {"z": v.heads}, logits_to_keep=3)
+    second = read(other, batch, ("heads",), lambda v: {"z": v.heads}, edits=[zero_head(2, 1)], logits_to_keep=3)
+    again = read(model, batch, ("heads",), lambda v: {"z": v.heads}, edits=[zero_head(2, 1)], logits_to_keep=3)
+    assert torch.equal(first.layers[2]["z"], second.layers[2]["z"])
+    assert torch.equal(second.logits, again.logits)
+    assert not torch.equal(first.logits, again.logits)
+
+
+def test_what_is_kept_holds_no_more_than_itself(model, batch):
+    reading = read(model, batch, ("heads",), lambda v: {"z": v.heads[:, :1, 0]})
+    for values in reading.layers.values():
+        assert values["z"].untyped_storage().nbytes() == values["z"].nbytes
+
+
 def test_an_error_in_a_reducer_leaves_the_model_usable(model, batch):
     def fail(values):
         raise KeyError("from the reducer")
@@ -151,6 +182,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(model):
     old = module.generation_config.to_dict()
     try:
         module.generation_config.update(do_sample=True, temperature=3.0, top_k=3, top_p=0.5, repetition_penalty=5.0)
+        module.generation_config.update(no_repeat_ngram_size=1, min_new_tokens=3, suppress_tokens=[5, 6, 7])
         assert generate(model, batch, max_new_tokens=6) == answers
     finally:
         module.generation_config = type(module.generation_config).from_dict(old)

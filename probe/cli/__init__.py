@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main() -> None:
@@ -13,6 +17,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    # Threads that wait should sleep: spinning, they starve each other when anything else runs on the machine. Read
+    # once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cyclopts import App, CycloptsError
     from rich.console import Console
 
@@ -36,15 +43,19 @@ def run(arguments: list[str]) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        errors.print(f"[bold red]probe:[/] {error}", markup=True)
-        return 2
+        return _complain(errors, error, 2)
     except ProbeError as error:
         if debug:
             raise
-        errors.print("probe: ", style="bold red", end="")
-        errors.print(str(error), markup=False)
-        return error.exit_code
+        return _complain(errors, error, error.exit_code)
     except KeyboardInterrupt:
         errors.print("probe: stopped; issue the same command again and it goes on where it stopped.")
         return 130
     return 0
+
+
+def _complain(errors: Console, error: Exception, code: int) -> int:
+    """Print an error as a sentence; a user's text in it is never read as markup."""
+    errors.print("probe: ", style="bold red", end="")
+    errors.print(str(error), markup=False)
+    return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from probe.cli.options import Json, Source, parse_layers
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -85,24 +86,26 @@ def attention_map(
         content = episodes_key(episodes)
     with reporter.step("loading the libraries"):
         from probe.models.fingerprint import of_directory
-        from probe.models.load import find
+        from probe.models.load import find, placement
         from probe.store import key, open_run
 
         directory = find(source.model)
+        dtype, device = placement(source.dtype, source.device)
         config = {
             "experiment": "attention_map",
             "probe_version": version("probe"),
             "model": source.model,
             "model_fingerprint": of_directory(directory),
             **source.describe(),
-            "dtype": source.dtype,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
             "n_episodes": len(episodes),
             "episodes_key": content,
             "rows": rows,
             "layers": chosen,
         }
     what = source.data.stem if source.data else source.task or source.default_task
-    name = f"attention-map-{Path(source.model).name}-{what}-{key(config)[:8]}"
+    name = f"attention-map-{Path(source.model).resolve().name}-{what}-{key(config)[:8]}"
     with open_run(out or Path("probe-runs") / name, config) as run:
         reused = run.finished
         if not reused:
@@ -129,7 +132,7 @@ def _compute(
     """Do the work of a run that is not finished."""
     from transformers.utils.logging import disable_progress_bar
 
-    from probe.data.manifest import write_manifest
+    from probe.data.manifest import SAVED_IMAGES, write_manifest
     from probe.experiments import attention_map as experiment
     from probe.models.load import load
 
@@ -139,11 +142,19 @@ def _compute(
         # What the model cannot read is refused before anything is written.
         model.choose_layers(layers)
         experiment.check_words(model, episodes)
+        for episode in episodes:
+            model.render(episode)
         write_manifest(episodes, run.path(MANIFEST))
-    with reporter.progress("reading episodes", len(episodes)) as progress:
-        result = experiment.attention_map(
-            model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
-        )
+    try:
+        with reporter.progress("reading episodes", len(episodes)) as progress:
+            result = experiment.attention_map(
+                model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
+            )
+    except ProbeError:
+        if not run.has_parts:  # nothing is lost, and mended data may use the directory
+            run.path(MANIFEST).unlink()
+            shutil.rmtree(run.path(SAVED_IMAGES), ignore_errors=True)
+        raise
     result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
     run.finish(result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -54,7 +55,14 @@ class Source:
 
     def describe(self) -> dict[str, object]:
         """Where the episodes come from, for a result's attributes."""
-        origin = {"data": str(self.data.resolve())} if self.data else {"task": self.task or self.default_task}
+        if self.data is not None:
+            # A name that is not UTF-8 is shown with its bytes escaped: results are JSON and Zarr.
+            name, path = (
+                os.fsencode(p).decode("utf-8", "backslashreplace") for p in (self.data.name, self.data.resolve())
+            )
+            origin = {"data": name, "data_path": path}
+        else:
+            origin = {"task": self.task or self.default_task}
         return {**origin, "shots": self.shots, "seed": self.seed}
 
     def read_episodes(self) -> list[Episode]:
@@ -83,6 +91,9 @@ class Source:
         return synthetic_episodes(self.task or self.default_task, shots=self.shots, n=self.episodes, seed=self.seed)
 
 
+MOST_LAYERS = 10_000
+
+
 def parse_layers(text: str | None) -> list[int] | None:
     """Read a choice of layers: ``3``, ``0,2,5``, ``0:4`` (0 to 3).
 
@@ -95,11 +106,14 @@ def parse_layers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         start, colon, stop = part.strip().partition(":")
         try:
-            layers += range(int(start or 0), int(stop)) if colon else [int(start)]
+            first, last = (int(start or 0), int(stop) - 1) if colon else (int(start), int(start))
         except ValueError:
             raise UsageError(
                 f"--layers {text!r} is not a choice of layers; write 3, or 0,2,5, or 0:4 for 0 to 3."
             ) from None
+        if last > MOST_LAYERS:
+            raise UsageError(f"--layers {text!r}: no model has {last + 1} layers.")
+        layers += range(first, last + 1)
     if not layers:
         raise UsageError(f"--layers {text!r} chooses none; write 3, or 0,2,5, or 0:4 for 0 to 3.")
     return layers

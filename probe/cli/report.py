@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -72,9 +73,9 @@ class Reporter:
         else:
             self.out.print("No demonstrations, so no heads to rank.")
         if "caveat" in result.attrs:
-            self.out.print(result.attrs["caveat"], style="italic yellow")
-        self.out.print(f"Picture: {picture}", soft_wrap=True, highlight=False)
-        self.out.print(f"Arrays:  {directory / 'result.zarr'}", soft_wrap=True, highlight=False)
+            self.out.print(result.attrs["caveat"], style="italic yellow", markup=False)
+        self.out.print(f"Picture: {picture}", soft_wrap=True, highlight=False, markup=False)
+        self.out.print(f"Arrays:  {directory / 'result.zarr'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def summary(
@@ -85,7 +86,7 @@ def summary(
 
     accuracy = wilson(int(result["correct"].sum()), result.sizes["episode"])
     return {
-        **{name: value for name, value in result.attrs.items() if name not in ("versions",)},
+        **result.attrs,
         "accuracy": {"estimate": accuracy.estimate, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n},
         "worst_residual": float(result["residual"].max()),
         "heads": [
@@ -124,14 +125,16 @@ def _facts(result: xr.Dataset, *, reused: bool) -> Table:
     table.add_column(style="bold")
     table.add_column()
     table.add_row(
-        "model", f"{attrs['model']} ({attrs['model_family']}, {attrs['dtype']}, {attrs['attn_implementation']})"
+        "model", escape(f"{attrs['model']} ({attrs['model_family']}, {attrs['dtype']}, {attrs['attn_implementation']})")
     )
     table.add_row(
         "episodes",
-        f"{attrs['n_done']} of {attrs['data'] if 'data' in attrs else attrs['task']}, "
-        f"{', '.join(map(str, shots))} shots, seed {attrs['seed']}",
+        escape(
+            f"{attrs['n_done']} of {attrs['data'] if 'data' in attrs else attrs['task']}, "
+            f"{', '.join(map(str, shots))} shots, seed {attrs['seed']}"
+        ),
     )
-    table.add_row("right answers", f"{accuracy} (95 %, Wilson)")
+    table.add_row("right answers", escape(f"{accuracy} (95 %, Wilson)"))
     table.add_row("unknown words", f"{attrs['unknown_word_share']:.1%}")
     resized = int(result["n_resized"].sum())
     scale = f", to {attrs['image_scale']:.2g} of their sides on average" if resized else ""
@@ -156,5 +159,5 @@ def _table(heads: Sequence[RankedHead], what: str) -> Table:
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for head in heads:
-        table.add_row(f"{head.layer}.{head.head}", str(head.mass), f"{head.per_token:.2g}", f"{head.lift:.2f}")
+        table.add_row(f"{head.layer}.{head.head}", escape(str(head.mass)), f"{head.per_token:.2g}", f"{head.lift:.2f}")
     return table

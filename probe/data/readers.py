@@ -193,6 +193,10 @@ def _texts(value: Any, key: str, where: str, *, several: bool = True) -> tuple[s
     if not values or not all(text.strip() for text in values):
         hint = "write null for an example of text only" if key in IMAGE_KEYS else "take the line out"
         raise ProbeError(f"{where}: {key} is empty; fill it in or {hint}.")
+    if any("\ud800" <= letter <= "\udfff" for text in values for letter in text):
+        raise ProbeError(
+            f"{where}: {key} holds half of a character (a lone surrogate such as \\ud83d); write it whole."
+        )
     return tuple(values)
 
 

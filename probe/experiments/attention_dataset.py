@@ -63,11 +63,14 @@ class Plan:
         return np.bincount(index, minlength=len(self.segments))
 
     def visible(self, encoding: Encoding, positions: list[int]) -> NDArray[np.float64]:
-        """Keys of each segment that causal rows at ``positions`` can see, on average."""
+        """Keys of each segment that causal rows at ``positions`` can see, and their share of all that is visible.
+
+        ``[2, segment]``, means over the positions. The mean of the shares is the mass under uniform attention.
+        """
         if not positions:
-            return np.full(len(self.segments), np.nan)
-        mean: NDArray[np.float64] = np.mean([self.count(encoding, position + 1) for position in positions], axis=0)
-        return mean
+            return np.full((2, len(self.segments)), np.nan)
+        counts = np.array([self.count(encoding, position + 1) for position in positions], dtype=float)
+        return np.stack([counts.mean(0), (counts / counts.sum(1, keepdims=True)).mean(0)])
 
 
 def label(
@@ -98,9 +101,9 @@ def label(
     n_tokens = np.stack([plan.count(encoding, len(encoding)) for encoding in encodings])
     positions = [plan.positions(encoding) for encoding in encodings]
     n_positions = np.array([[len(group) for group in rows] for rows in positions])
-    n_visible = [
-        [plan.visible(encoding, group) for group in rows] for encoding, rows in zip(encodings, positions, strict=True)
-    ]
+    visible = np.array(
+        [[plan.visible(encoding, group) for group in rows] for encoding, rows in zip(encodings, positions, strict=True)]
+    )
     there = (n_tokens > 0)[:, None, None, None, :] & (n_positions > 0)[:, :, None, None, None]
     dims = ("episode", "row", "layer", "head", "segment")
 
@@ -112,7 +115,8 @@ def label(
             "mass": (dims, np.where(there, values["mass"].swapaxes(1, 2), np.float32(np.nan))),
             "contribution": (dims, np.where(there, values["contribution"].swapaxes(1, 2), np.float32(np.nan))),
             "n_tokens": (("episode", "segment"), n_tokens),
-            "n_visible": (("episode", "row", "segment"), np.array(n_visible)),
+            "n_visible": (("episode", "row", "segment"), visible[:, :, 0]),
+            "visible_share": (("episode", "row", "segment"), visible[:, :, 1]),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), values["residual"]),
             "correct": (

@@ -44,7 +44,7 @@ def attention_map(
     layers: Sequence[int] | None = None,
     batch_size: int = 16,
     overlay_episodes: int = 2,
-    max_new_tokens: int = 12,
+    max_new_tokens: int | None = None,
     keep: Keep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> xr.Dataset:
@@ -66,7 +66,8 @@ def attention_map(
     overlay_episodes
         For how many of the first episodes to keep the attention on every image token, and the images.
     max_new_tokens
-        Length at which the model's own answer is cut.
+        Length at which the model's own answer is cut; default 8 more than the longest accepted answer, so that no
+        answer that could be accepted is cut.
     keep
         Keeps finished batches, such as the ``part`` of a run directory.
     progress
@@ -88,25 +89,38 @@ def attention_map(
         raise UsageError(f"There are no rows {rows!r}; {did_you_mean(rows, get_args(Rows))}")
     if not episodes:
         raise UsageError("There are no episodes to read.")
-    if batch_size < 1 or max_new_tokens < 1:
+    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
         raise UsageError(f"A batch and an answer hold at least one; asked for {batch_size} and {max_new_tokens}.")
     if len({episode.id for episode in episodes}) != len(episodes):
         raise UsageError("Two episodes have the same id; results could not be told apart.")
     plan = Plan(rows, model.choose_layers(layers), segments_for(max(e.shots for e in episodes)))
     unknown, words = check_words(model, episodes)
+    if max_new_tokens is None:
+        answers = sorted({answer for episode in episodes for answer in episode.query.answers})
+        max_new_tokens = 8 + max(len(ids) for ids in model.tokenizer(answers, add_special_tokens=False)["input_ids"])
+    limit = max_new_tokens
     done: list[xr.Dataset] = []
     for start in range(0, len(episodes), batch_size):
         unit = episodes[start : start + batch_size]
         n_overlay = max(0, min(overlay_episodes - start, len(unit)))
 
         def compute(unit: Sequence[Episode] = unit, n_overlay: int = n_overlay) -> xr.Dataset:
-            return _measure(model, unit, plan, n_overlay, max_new_tokens)
+            try:
+                return _measure(model, unit, plan, n_overlay, limit)
+            except torch.OutOfMemoryError as error:
+                raise ProbeError(
+                    f"A batch of {len(unit)} episodes does not fit into the memory of {model.device}; lower the batch "
+                    f"size "
+                    "(--batch-size). Batches that are done stay done."
+                ) from error
 
         done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
         if progress:
             progress(start + len(unit))
     result = join(done)
+    _check_residual(model, result)  # parts of an interrupted run included
     result.attrs = _attributes(model, plan, result, n_attempted=len(episodes), unknown_share=unknown / max(words, 1))
+    result.attrs["max_new_tokens"] = limit
     return result
 
 
@@ -223,8 +237,12 @@ def make_reducer(
 
 def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: int, max_new_tokens: int) -> xr.Dataset:
     """Read one batch of episodes."""
-    pictures = [open_images(episode) for episode in episodes]
-    encodings = [model.encode(episode, images) for episode, images in zip(episodes, pictures, strict=True)]
+    pictures, encodings = [], []
+    for number, episode in enumerate(episodes):
+        images = open_images(episode)
+        encodings.append(model.encode(episode, images))
+        if number < n_overlay:  # the rest need not stay in memory
+            pictures.append(images)
     batch = model.batch(encodings)
     index = torch.full((len(batch), batch.length), -1)
     for b, encoding in enumerate(encodings):
@@ -245,7 +263,7 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
         _check_sums(model, tokens)
         dataset = dataset.merge(tokens)
     if n_overlay:
-        dataset = dataset.merge(label_images(pictures[:n_overlay], encodings, batch.pads, values["first_row"]))
+        dataset = dataset.merge(label_images(pictures, encodings, batch.pads, values["first_row"]))
     return dataset
 
 

@@ -1,7 +1,8 @@
 """Which heads attend most to the demonstrations: chosen on one half of the episodes, reported on the other.
 
-The largest of many noisy numbers is too large: a head's mass on the episodes that chose it would flatter it. So the two
-halves share nothing.
+The largest of many noisy numbers is too large: a head's mass on the episodes that chose it would flatter it. So no
+episode is in both halves. (Episodes from a user's data draw their demonstrations from one pool, so an example may be
+read in both.)
 """
 
 from __future__ import annotations

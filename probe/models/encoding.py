@@ -91,7 +91,6 @@ def tokenise(
     ProbeError
         If a text contains a special token, or the query's answer has no token of its own.
     """
-    _refuse_special_tokens(prompt, tokenizer, episode)
     encoded = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
     owner = _span_of_character(prompt)
     ids: list[int] = []
@@ -129,7 +128,7 @@ def tokenise(
     return Encoding(torch.tensor(ids), token_map, inputs, tuple(images), episode)
 
 
-def _refuse_special_tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, episode: str) -> None:
+def refuse_special_tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, episode: str) -> None:
     """A user's text that spells a special token would be read as one: a prompt that is not what it looks like."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     for span in prompt.spans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +34,14 @@ def of_directory(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_module(module: torch.nn.Module, chat_template: str) -> str:
-    """Hash the values of a module in memory and its chat template: 16 hexadecimal digits."""
+def of_module(module: torch.nn.Module, chat_template: str, image_processor: Any) -> str:
+    """Hash a module in memory, its configuration, chat template and image processor: 16 hexadecimal digits."""
     import torch
 
     digest = hashlib.sha256(chat_template.encode())
+    for part in (getattr(module, "config", None), image_processor):
+        to_json = getattr(part, "to_json_string", None)
+        digest.update(to_json().encode() if to_json else b"")
     for name, value in module.state_dict().items():
         digest.update(f"{name}\0{tuple(value.shape)}\0{value.dtype}\0".encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 
 from probe.errors import ProbeError, UsageError, did_you_mean
 from probe.models.family import Family
@@ -112,13 +111,15 @@ def load(
 
 def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None, device: Any) -> Model:
     family = family_of(directory)
-    chosen = _device(device)
-    number = _dtype(dtype, chosen)
+    number, chosen = placement(dtype, device)
     try:
         module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
         image_processor = family.load_image_processor(directory)
         tokenizer = _load_tokenizer(directory)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        template = _chat_template(directory, tokenizer)
+    except ProbeError:
+        raise
+    except Exception as error:  # whatever a foreign checkpoint makes transformers raise: the user has to mend it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProbeError(f"The checkpoint in {directory} cannot be loaded: {reason}") from error
     broken = {kind: sorted(report[kind]) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
@@ -128,16 +129,19 @@ def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None,
             f"The checkpoint in {directory} has {kind.replace('_', ' ')} ({len(keys)}, such as {keys[0]}); it would be "
             "filled with random weights. Complete the checkpoint."
         )
-    return Model(
+    fingerprint = of_directory(directory)
+    model = Model(
         name=name,
         module=module.to(chosen).eval(),
         tokenizer=tokenizer,
         image_processor=image_processor,
-        chat_template=_chat_template(directory, tokenizer),
+        chat_template=template,
         family=family,
-        fingerprint=of_directory(directory),
-        caveat=CAVEAT if directory in BUNDLED.values() else "",
+        fingerprint=fingerprint,
+        caveat=CAVEAT if fingerprint in {of_directory(path) for path in BUNDLED.values()} else "",
     )
+    _check(model)
+    return model
 
 
 def _from_module(module: torch.nn.Module, processor: Any) -> Model:
@@ -161,8 +165,9 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
         image_processor=image_processor,
         chat_template=template,
         family=FAMILIES[kind],
-        fingerprint=of_module(module, str(template)),
+        fingerprint=of_module(module, str(template), image_processor),
     )
+    _check(model)
     if model.attention_implementation not in KERNELS:
         raise UsageError(
             f"The module runs {model.attention_implementation} attention; its masks cannot be read. Load it with "
@@ -171,11 +176,33 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
     return model
 
 
+def _check(model: Model) -> None:
+    """Refuse what would make every episode fail, or numbers mean something else."""
+    if model.tokenizer.pad_token_id is None:
+        raise ProbeError(f"The tokenizer of {model.name} has no padding token; set `pad_token` in its configuration.")
+    if "sliding_attention" in (getattr(model.text_config, "layer_types", None) or ()):
+        raise UsageError(
+            f"{model.name} has layers with sliding windows, in which different keys are visible in different layers; "
+            f"they "
+            "cannot be measured yet. Set use_sliding_window to false if the checkpoint was trained without."
+        )
+
+
+def placement(
+    dtype: str | torch.dtype | None, device: str | torch.device | None
+) -> tuple[torch.dtype | str, torch.device]:
+    """What ``dtype`` and ``device`` of :func:`load` come to here; a dtype of ``auto`` is the checkpoint's."""
+    chosen = _device(device)
+    return _dtype(dtype, chosen), chosen
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UsageError(f"There is no device {device!r}; write cpu, cuda or cuda:0.") from error
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
+        raise UsageError(f"The device {str(device)!r} is not on this machine; use cpu.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"There is no device {device!r}: {torch.cuda.device_count()} CUDA devices are visible; use cpu."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,16 +12,16 @@ import torch
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError
-from probe.models.encoding import Batch, Encoding, collate, tokenise
+from probe.models.encoding import Batch, Encoding, collate, refuse_special_tokens, tokenise
 from probe.models.family import Family
-from probe.models.prompt import Message, render_prompt
+from probe.models.prompt import Message, Prompt, render_prompt
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A vision-language model ready to be read.
 
@@ -136,12 +137,31 @@ class Model:
 
     def unknown_words(self, episodes: Sequence[Episode]) -> tuple[int, int]:
         """How many tokens of all questions and shown answers the tokenizer does not know, and how many there are."""
-        texts = {text for e in episodes for x in e.examples for text in (x.question, x.answer)}
+        texts = Counter(text for e in episodes for x in e.examples for text in (x.question, x.answer))
         if not texts:
             return 0, 0
-        encoded = self.tokenizer(sorted(texts), add_special_tokens=False)["input_ids"]
-        tokens = [token for row in encoded for token in row]
-        return sum(token == self.tokenizer.unk_token_id for token in tokens), len(tokens)
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        unknown = self.tokenizer.unk_token_id
+        counts = list(zip(rows, texts.values(), strict=True))
+        return sum(row.count(unknown) * n for row, n in counts), sum(len(row) * n for row, n in counts)
+
+    def render(self, episode: Episode) -> Prompt:
+        """Render an episode as text whose characters are known; opens no image.
+
+        Raises
+        ------
+        ProbeError
+            If the chat template does not keep the texts as they are, or a text contains a special token.
+        """
+        prompt = render_prompt(episode, self.chat, self.family.placeholder)
+        pair = self.family.placeholder * 2
+        if not self.family.adjacent_images and pair in prompt.text:
+            raise ProbeError(
+                f"Episode {episode.id}: the chat template of {self.name} writes two images without a token between "
+                f"them, and {self.family.name} would take them for one; use a template that separates them."
+            )
+        refuse_special_tokens(prompt, self.tokenizer, episode.id)
+        return prompt
 
     def encode(self, episode: Episode, images: Sequence[Image.Image] | None = None) -> Encoding:
         """Render, tokenise and map one episode (its gold answer included).
@@ -158,25 +178,22 @@ class Model:
         ProbeError
             If an image cannot be read, or the chat template does not keep the texts as they are.
         """
-        prompt = render_prompt(episode, self.chat, self.family.placeholder)
-        pair = self.family.placeholder * 2
-        if not self.family.adjacent_images and pair in prompt.text:
-            raise ProbeError(
-                f"Episode {episode.id}: the chat template of {self.name} writes two images without a token between "
-                f"them, and {self.family.name} would take them for one; use a template that separates them."
-            )
+        prompt = self.render(episode)
         opened = list(images) if images is not None else open_images(episode)
-        inputs, tokens = self.family.process_images(self.image_processor, opened)
+        try:
+            inputs, tokens = self.family.process_images(self.image_processor, opened)
+        except ValueError as error:  # such as a picture 200 times as wide as it is high
+            raise ProbeError(
+                f"Episode {episode.id}: the image processor of {self.name} refuses an image: {error}. Sizes (width, "
+                f"height) "
+                f"are {', '.join(str(image.size) for image in opened)}; replace or crop it."
+            ) from error
         placeholder_id = self.tokenizer.convert_tokens_to_ids(self.family.placeholder)
         return tokenise(prompt, self.tokenizer, cast(int, placeholder_id), tokens, inputs, episode.id)
 
     def batch(self, encodings: Sequence[Encoding], *, with_answer: bool = True) -> Batch:
         """Pad encodings on the left and move them to the model's device."""
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            raise ProbeError(
-                f"The tokenizer of {self.name} has no padding token; set `pad_token` in its configuration."
-            )
+        pad_id = cast(int, self.tokenizer.pad_token_id)
         batch = collate(
             encodings, pad_id, lambda ids: self.family.token_inputs(self.config, ids), with_answer=with_answer
         )

@@ -152,7 +152,13 @@ def _turn_starts(episode: Episode, chat: Chat, messages: list[Message], skeleton
     later = chat([*small, _user(Example("", (), "", ("",)), _CLOSE)], False)
     opening = later[len(chat(small, False)) : later.index(_CLOSE)].strip()
     head = skeleton[: min(i for i in (skeleton.find(_OPEN), skeleton.find(placeholder)) if i >= 0)]
-    first = head.rfind(opening) if opening and opening in head else len(head)
+    if opening not in head:
+        raise ProbeError(
+            f"Episode {episode.id}: the chat template opens later turns with {opening!r} but not the first one, so "
+            f"that "
+            "its border is not known."
+        )
+    first = head.rfind(opening) if opening else len(head)
     return [first, *starts]
 
 

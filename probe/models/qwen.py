@@ -27,7 +27,7 @@ def load_module(directory: Path, **options: Any) -> tuple[torch.nn.Module, dict[
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        directory, output_loading_info=True, local_files_only=True, **options
+        directory, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
     )
     model, report = loaded
     return model, report

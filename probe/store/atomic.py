@@ -74,7 +74,7 @@ def write_json(path: Path, value: object) -> None:
     ValueError
         If it holds NaN or an infinity, which JSON does not have: write ``None``.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_zarr(path: Path, dataset: xr.Dataset) -> None:

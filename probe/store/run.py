@@ -43,6 +43,11 @@ class Run:
         """Whether the result is there."""
         return bool(self.record["state"] == FINISHED)
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether some part is done."""
+        return any((self.directory / PARTS).glob("*.zarr"))
+
     def part(self, name: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
         """Give a part of the work from disk if it was done before, else do it and keep it.
 

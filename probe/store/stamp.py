@@ -41,7 +41,8 @@ def stamp(command: str | None = None) -> dict[str, object]:
     made_by["python_version"] = platform.python_version()
     made_by["platform"] = platform.platform()
     made_by["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    made_by["command"] = command
+    # A file name that is not UTF-8 is shown with its bytes escaped: the stamp goes into JSON and Zarr.
+    made_by["command"] = os.fsencode(command).decode("utf-8", "backslashreplace")
     commit = _commit(Path(__file__).resolve().parents[2])
     if commit is not None:
         made_by["commit"] = commit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from transformers import GenerationConfig
 
 from probe.models.encoding import Batch
 from probe.models.model import Model
@@ -30,17 +31,20 @@ def generate(model: Model, batch: Batch, *, max_new_tokens: int) -> list[str]:
     list of str
         One answer an episode, without special tokens, stripped.
     """
-    with torch.no_grad():
-        ids = cast(Any, model.module).generate(
-            **batch.inputs,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
+    module = cast(Any, model.module)
+    own = module.generation_config
+    # Transformers fills what a call leaves open from the checkpoint's settings: they are set aside, not overridden.
+    module.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    try:
+        with torch.no_grad():
+            ids = module.generate(**batch.inputs)
+    finally:
+        module.generation_config = own
     new = ids[:, batch.length :]
     return [text.strip() for text in model.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -64,14 +64,15 @@ class Reading:
     layers: dict[int, dict[str, Tensor]]
 
 
-_wrapped: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+# By model and not by module: a wrapper holds its module, which would then never be freed.
+_wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 
 
-def _wrap(module: torch.nn.Module) -> Any:
-    """The module's nnsight wrapper: one for each module, because wrapping instruments it for good."""
-    if module not in _wrapped:
-        _wrapped[module] = NNsight(module)
-    return _wrapped[module]
+def _wrap(model: Model) -> Any:
+    """The model's nnsight wrapper, made once."""
+    if model not in _wrapped:
+        _wrapped[model] = NNsight(model.module)
+    return _wrapped[model]
 
 
 def _attention_call(attention: Any) -> Any:
@@ -143,32 +144,50 @@ def read(
     chosen = set(model.choose_layers(layers)) if sites else set()
     reducer = cast(Reducer, reduce)  # there is one wherever a layer was chosen: both come with sites
     edited = {edit.layer for edit in edits}
-    n_heads = model.n_heads
-    wrapped = _wrap(model.module)
+    wrapped = _wrap(model)
     envoys = _decoder_layers(model, wrapped)
     inputs = {**batch.inputs, "logits_to_keep": logits_to_keep, "use_cache": False}
     with torch.set_grad_enabled(gradients):
         with wrapped.trace(**inputs):
             collected = {}.save()
             for layer in sorted(chosen | edited):
-                attention_module = envoys[layer].self_attn
-                (module, q, k, v, mask, *_), options = _attention_call(attention_module).inputs
-                causal = mask is None and q.shape[2] > 1 and bool(getattr(module, "is_causal", True))
-                attention = Attention(layer, q, k, v, mask, float(options["scaling"]), causal)
-                z = attention_module.o_proj.input
-                heads = z.view(*z.shape[:2], n_heads, -1)
+                site = envoys[layer].self_attn
+                attention = _describe(layer, *_attention_call(site).inputs)
+                heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
                 if layer in chosen:
-                    values = LayerValues(
-                        layer, attention if "attention" in sites else None, heads if "heads" in sites else None, batch
-                    )
-                    collected[layer] = {name: value.cpu() for name, value in reducer(values).items()}
+                    collected[layer] = _reduce(reducer, sites, attention, heads, batch)
                 if layer in edited:
                     for edit in edits:
                         if edit.layer == layer:
                             heads = edit.fn(heads, Context(batch, layer, attention))
-                    attention_module.o_proj.input = heads.flatten(2)
+                    site.o_proj.input = heads.flatten(2)
+                # The model runs on while these names live; kept, they would add to the peak of what comes next.
+                del attention, heads
             logits = wrapped.output.logits.save()
     return Reading(logits=logits, layers=collected)
+
+
+def _describe(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
+    """The arguments of the attention call, by name."""
+    module, q, k, v, mask, *_ = arguments
+    # As transformers decides it: a kernel without a mask is causal, unless it decodes a single position.
+    causal = mask is None and q.shape[2] > 1 and bool(getattr(module, "is_causal", True))
+    return Attention(layer, q, k, v, mask, float(options["scaling"]), causal)
+
+
+def _reduce(
+    reducer: Reducer, sites: Sequence[Site], attention: Attention, heads: Tensor, batch: Batch
+) -> dict[str, Tensor]:
+    """What the reducer makes of one layer, on the CPU and free of the tensors that it was made from."""
+    values = LayerValues(
+        attention.layer, attention if "attention" in sites else None, heads if "heads" in sites else None, batch
+    )
+    kept = {}
+    for name, value in reducer(values).items():
+        small = value.cpu()
+        # A view would keep all of its storage alive until the forward ends.
+        kept[name] = small.clone() if small.untyped_storage().nbytes() > small.nbytes else small
+    return kept
 
 
 def _decoder_layers(model: Model, wrapped: Any) -> Any:
