@@ -103,7 +103,7 @@ def make_way(way: str, n: int) -> Callable[[], object]:
 
 
 def _as_model(module: torch.nn.Module) -> Model:
-    nothing = SimpleNamespace(tokenizer=object(), image_processor=object(), chat_template="-")
+    nothing = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), image_processor=object(), chat_template="-")
     return load(module, processor=nothing)
 
 

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+COMMANDS = {
+    "attention-map": (
+        "probe.cli.attention_map:attention_map",
+        "Measure how much attention each head pays to the demonstrations' images and text.",
+    )
+}
+"""For each command, where it is (imported when it is called) and the line that `probe --help` shows."""
+
+
 def main() -> None:
     """Run ``probe`` and exit: 0 done, 1 failed, 2 misused."""
     sys.exit(run(sys.argv[1:]))
@@ -38,7 +47,9 @@ def run(arguments: list[str]) -> int:
         suppress_keyboard_interrupt=False,
         error_console=errors,
     )
-    app.command("probe.cli.attention_map:attention_map", name="attention-map")
+    for name, (place, what) in COMMANDS.items():
+        # A help given here would replace the command's own, longer one; so only where it is listed.
+        app.command(place, name=name, help=None if name in arguments else what)
     debug = bool(os.environ.get("PROBE_DEBUG"))
     try:
         app(arguments, exit_on_error=False, print_error=False)

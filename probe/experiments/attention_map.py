@@ -26,11 +26,9 @@ from probe.trace.generate import generate
 from probe.trace.read import LayerValues, Reducer, read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest accepted residual for each type of weights; beyond it the recorded attention is not what the model
-computed."""
+"""Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed."""
 
 MAX_UNKNOWN_WORDS = 0.2
-
 
 Keep = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset]
 """Gives a part by its name, computing it only if it is not there; :meth:`probe.store.Run.part` is one."""
@@ -110,8 +108,7 @@ def attention_map(
             except torch.OutOfMemoryError as error:
                 raise ProbeError(
                     f"A batch of {len(unit)} episodes does not fit into the memory of {model.device}; lower the batch "
-                    f"size "
-                    "(--batch-size). Batches that are done stay done."
+                    "size (--batch-size). Batches that are done stay done."
                 ) from error
 
         done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())

@@ -183,8 +183,7 @@ def _check(model: Model) -> None:
     if "sliding_attention" in (getattr(model.text_config, "layer_types", None) or ()):
         raise UsageError(
             f"{model.name} has layers with sliding windows, in which different keys are visible in different layers; "
-            f"they "
-            "cannot be measured yet. Set use_sliding_window to false if the checkpoint was trained without."
+            "they cannot be measured yet. Set use_sliding_window to false if the checkpoint was trained without."
         )
 
 

@@ -155,8 +155,7 @@ def _turn_starts(episode: Episode, chat: Chat, messages: list[Message], skeleton
     if opening not in head:
         raise ProbeError(
             f"Episode {episode.id}: the chat template opens later turns with {opening!r} but not the first one, so "
-            f"that "
-            "its border is not known."
+            "that its border is not known."
         )
     first = head.rfind(opening) if opening else len(head)
     return [first, *starts]
@@ -167,9 +166,8 @@ def _fill_in(
 ) -> Prompt:
     """Put the texts in place of their sentinels, keeping count of the characters."""
     pattern = re.compile(f"{_OPEN}(\\d+){_CLOSE}|{re.escape(placeholder)}")
-    text, spans, image = "", [Span(0, starts[0], "template", NEITHER)], 0
+    text, spans, image = skeleton[: starts[0]], [Span(0, starts[0], "template", NEITHER)], 0
     borders = [*starts, len(skeleton)]
-    text = skeleton[: starts[0]]
     for turn, owner in enumerate(owners):
         at = borders[turn]
         for match in [*pattern.finditer(skeleton, borders[turn], borders[turn + 1]), None]:
