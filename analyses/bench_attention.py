@@ -77,29 +77,32 @@ def make_module(implementation: str) -> torch.nn.Module:
     return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=implementation).float().eval()
 
 
-def make_way(way: str, n: int) -> Callable[[], object]:
-    """A function that runs one forward of ``n`` tokens in one way."""
-    ids = torch.randint(10, 1000, (1, n), generator=torch.Generator().manual_seed(0))
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": torch.zeros_like(ids).int(),
-    }
+def make_way(way: str) -> Callable[[int], object]:
+    """A function that runs one forward of n tokens in one way; the model is made once."""
     module = make_module("eager" if way == "output_attentions" else "sdpa")
     if way in ("plain", "output_attentions"):
         options = {"output_attentions": True} if way == "output_attentions" else {}
 
-        def forward() -> object:
+        def forward(n: int) -> object:
             with torch.no_grad():
-                return module(**inputs, **options, logits_to_keep=1, use_cache=False)
+                return module(**make_inputs(n), **options, logits_to_keep=1, use_cache=False)
 
         return forward
     model = _as_model(module)
-    batch = Batch(inputs, (), (0,))
-    rows = BatchRows(positions=torch.tensor([[n - 1]]), weights=torch.ones(1, 1, 1))
-    segments = one_hot_segments(torch.arange(n)[None] * N_SEGMENTS // n, N_SEGMENTS)
-    reduce = make_reducer(model, rows, segments, all_rows=way == "all rows")
-    return lambda: read(model, batch, ("attention", "heads"), reduce)
+
+    def record(n: int) -> object:
+        rows = BatchRows(positions=torch.tensor([[n - 1]]), weights=torch.ones(1, 1, 1))
+        segments = one_hot_segments(torch.arange(n)[None] * N_SEGMENTS // n, N_SEGMENTS)
+        reduce = make_reducer(model, rows, segments, all_rows=way == "all rows")
+        return read(model, Batch(make_inputs(n), (), (0,)), ("attention", "heads"), reduce)
+
+    return record
+
+
+def make_inputs(n: int) -> dict[str, torch.Tensor]:
+    """n random tokens, no images."""
+    ids = torch.randint(10, 1000, (1, n), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids).int()}
 
 
 def _as_model(module: torch.nn.Module) -> Model:
@@ -121,7 +124,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 def time_ways(n: int, rounds: int, slow_rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each way in interleaved rounds."""
-    forwards = {way: make_way(way, n) for way in WAYS}
+    forwards = {way: make_way(way) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(-1, rounds):  # the first round warms up and is dropped
         order = WAYS if number % 2 else WAYS[::-1]
@@ -130,29 +133,33 @@ def time_ways(n: int, rounds: int, slow_rounds: int) -> dict[str, np.ndarray]:
                 continue
             gc.collect()
             start = time.perf_counter()
-            forwards[way]()
+            forwards[way](n)
             if number >= 0:
                 seconds[way].append(time.perf_counter() - start)
     return {way: np.array(values) for way, values in seconds.items()}
 
 
 def peak_of(way: str, n: int) -> float:
-    """Peak memory in MB of one forward above that of the loaded model: the median of three processes."""
+    """Peak memory in MB of one forward above that of the loaded model: the median of three processes.
+
+    The allocator of the C library otherwise keeps what is freed, in an order of chance; blocks of 1 MiB and more are
+    asked of the system one by one here, so that the resident set is what is alive.
+    """
     command = [sys.executable, __file__, "--peak", way, "--lengths", str(n)]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(3)]
     return float(np.median([json.loads(run.stdout.strip().splitlines()[-1]) for run in runs]))
 
 
 def print_peak(way: str, n: int) -> None:
     """Measure this process (Linux: the high-water mark of the resident set is reset before the forward)."""
-    forward, small = make_way(way, n), make_way(way, 64)
-    small()
-    del small
+    forward = make_way(way)
+    forward(64)  # what happens once in a process (instrumenting, buffers of the libraries) is not what a forward needs
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give back what building the model left, or the forward would hide in it
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    forward()
+    forward(n)
     print(json.dumps((_status("VmHWM") - before) / 1024))
 
 

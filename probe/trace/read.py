@@ -161,8 +161,9 @@ def read(
                         if edit.layer == layer:
                             heads = edit.fn(heads, Context(batch, layer, attention))
                     site.o_proj.input = heads.flatten(2)
-                # The model runs on while these names live; kept, they would add to the peak of what comes next.
-                del attention, heads
+                # The model runs on while these names hold tensors, which would add to the peak of what comes next.
+                # (nnsight keeps a trace body's names in a dictionary of its own, in which `del` has no effect.)
+                attention = heads = None  # type: ignore[assignment]
             logits = wrapped.output.logits.save()
     return Reading(logits=logits, layers=collected)
 
