@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probe.data.scenes import ATTRIBUTES, VALUES
+from probe.data.scenes import ATTRIBUTES, COLUMNS, ROWS, VALUES
 from probe.data.tasks import DRAW_RULE, Item, Rule, answer_item, bind, draw_scene, scene_words
 from probe.data.words import ENGLISH, LANGUAGES
 from probe.toy.architecture import IMAGE_TOKENS
 from probe.toy.vocabulary import ANSWER_CUE, END, IMAGE, PAD, START, words
 
 ID = {word: index for index, word in enumerate(words())}
-COLUMNS, ROWS = 3, 2
 
 
 @dataclass(frozen=True)
