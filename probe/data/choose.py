@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from probe.data.example import Episode, Example, Picture
+from probe.data.example import Episode, Example, Picture, check_request
 from probe.data.images import open_image, pixel_hash
 from probe.errors import UsageError
 
@@ -40,11 +40,7 @@ def random_episodes(examples: Sequence[Example], *, shots: int, n: int, seed: in
     UsageError
         If a number is out of range, or there are too few examples, or too few that do not share the query's image.
     """
-    if shots < 0 or n < 1 or seed < 0:
-        raise UsageError(
-            "An episode needs 0 or more shots, a run 1 or more episodes, and a seed is 0 or more; asked for "
-            f"{shots}, {n} and {seed}."
-        )
+    check_request(shots, n, seed)
     if len(examples) < shots + 1:
         raise UsageError(
             f"{shots} shots and a query need {shots + 1} examples, but there are {len(examples)}; add examples or ask "

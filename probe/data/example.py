@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from probe.errors import UsageError
+
 Picture = Path | Image.Image
 """Where an image is, or the image itself."""
 
@@ -78,3 +80,18 @@ class Episode:
     def examples(self) -> tuple[Example, ...]:
         """The demonstrations, then the query."""
         return (*self.demonstrations, self.query)
+
+
+def check_request(shots: int, n: int, seed: int) -> None:
+    """Refuse a request for episodes that no data could fulfil.
+
+    Raises
+    ------
+    UsageError
+        If a number is out of range.
+    """
+    if shots < 0 or n < 1 or seed < 0:
+        raise UsageError(
+            "An episode needs 0 or more shots, a run 1 or more episodes, and a seed is 0 or more; asked for "
+            f"{shots}, {n} and {seed}."
+        )
