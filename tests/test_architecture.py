@@ -29,7 +29,7 @@ ALLOWED["vectors"] = ALLOWED["fusion"] = ALLOWED["reasoning"] = ALLOWED["trace"]
 ALLOWED["experiments"] = ALLOWED["vectors"] | {"vectors", "fusion", "reasoning"}
 ALLOWED["plots"] = {"errors", "segments", "stats", "store"}
 ALLOWED["runs"] = LEAVES
-ALLOWED["toy"] = {"data", "errors"}
+ALLOWED["toy"] = {"data", "errors", "stats", "store"}
 ALLOWED["cli"] = ALLOWED["experiments"] | {"experiments", "plots", "runs", "probe"}
 ALLOWED["__main__"] = {"cli"}
 # `probe/__init__.py` offers what the rooms make: everything but the toy's training and the command line.

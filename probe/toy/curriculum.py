@@ -6,6 +6,7 @@ reader could know (the first time a nonce word or a flipped label appears) carri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,35 +17,10 @@ from probe.data.scenes import ATTRIBUTES, COLUMNS, ROWS, VALUES
 from probe.data.tasks import DRAW_RULE, Item, Rule, answer_item, bind, draw_scene, scene_words
 from probe.data.words import ENGLISH, LANGUAGES
 from probe.toy.architecture import IMAGE_TOKENS
+from probe.toy.recipe import Mixture
 from probe.toy.vocabulary import ANSWER_CUE, END, IMAGE, PAD, START, words
 
 ID = {word: index for index, word in enumerate(words())}
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The shares of what training episodes show; all probabilities."""
-
-    vqa: float = 0.14
-    recognition: float = 0.16
-    binding_cued: float = 0.26
-    binding_uncued: float = 0.26
-    operator: float = 0.09
-    describe: float = 0.09
-    text_only: float = 0.25
-    """Of all tasks but describe: the share shown as text-only twins."""
-    repeated: float = 0.2
-    """Of the items after the first: the share that repeats an earlier item's scene, newly rendered."""
-    flipped: float = 0.0
-    """Of vqa and recognition: the share with consistently wrong labels, which only the context can tell."""
-
-    def tasks(self) -> dict[str, float]:
-        """The probability of each task."""
-        names = {"binding_cued": "binding-cued", "binding_uncued": "binding-uncued"}
-        return {
-            names.get(name, name): getattr(self, name)
-            for name in (*names, "vqa", "recognition", "operator", "describe")
-        }
 
 
 @dataclass
@@ -54,16 +30,20 @@ class Batch:
     ``ids`` and ``targets`` are ``[episode, position]``; a target of -100 carries no loss and belongs to the next token.
     ``positions`` is ``[3, episode, position]`` (temporal, height, width). ``scenes`` lists the scene of every picture
     in reading order. ``guides`` holds (episode, query position, key position) of an answer cue and an earlier answer of
-    the same class. ``tasks`` names the task of each episode.
+    the same class in binding episodes, and ``agreement`` (episode, answer position) and, for each attribute, the share
+    of those earlier items whose value is this item's. ``tasks`` names the task of each episode, ``attributes`` its
+    hidden attribute (an index, -1 where there is none).
     """
 
     tasks: list[str]
+    attributes: Tensor
     ids: Tensor
     targets: Tensor
     end_targets: Tensor
     positions: Tensor
     scenes: list[tuple[int, int, int, int]]
     guides: Tensor
+    agreement: Tensor
 
 
 def _flip(rng: np.random.Generator, task: str) -> Rule:
@@ -103,53 +83,82 @@ def draw_items(rule: Rule, n: int, rng: np.random.Generator, repeated: float) ->
 
 def draw_batch(rng: np.random.Generator, n_episodes: int, n_items: int, mixture: Mixture) -> Batch:
     """Draw training episodes and lay them out."""
-    tasks, rows = [], []
+    tasks, attributes, rows = [], [], []
     scenes: list[tuple[int, int, int, int]] = []
     guides: list[tuple[int, int, int]] = []
+    agreement: list[tuple[float, ...]] = []
     for index in range(n_episodes):
         rule = draw_rule(rng, mixture)
         # Its answers are three times as long; a few items fewer keep the batch from being padded.
         n = n_items * 3 // 4 if rule.task == "describe" else n_items
         items = draw_items(rule, n, rng, mixture.repeated)
         tasks.append(rule.task)
+        attributes.append(-1 if rule.attribute is None else ATTRIBUTES.index(rule.attribute))
         as_text = rule.task != "describe" and rng.random() < mixture.text_only
-        row = _lay_out(items, as_text, unpredictable=rule.labels is not None)
+        row = lay_out(items, as_text=as_text, unpredictable=rule.labels is not None)
         rows.append(row)
         scenes.extend(() if as_text else [(i.scene.colour, i.scene.kind, i.scene.count, i.scene.size) for i in items])
         if rule.task.startswith("binding"):
             guides.extend((index, cue, answer) for cue, answer in row.guides)
-    length = max(len(row.ids) for row in rows)
+            agreement.extend((index, *compared) for compared in row.agreement)
+    # Always the length of a batch with pictures: a compiled decoder wants few shapes.
+    ids, positions, targets, end_targets = pad_rows(rows, at_least=1 + n_items * (IMAGE_TOKENS + 4))
+    return Batch(
+        tasks=tasks,
+        attributes=torch.tensor(attributes),
+        ids=ids,
+        targets=targets,
+        end_targets=end_targets,
+        positions=positions,
+        scenes=scenes,
+        guides=torch.tensor(guides, dtype=torch.long).reshape(-1, 3),
+        agreement=torch.tensor(agreement).reshape(-1, 2 + len(ATTRIBUTES)),
+    )
+
+
+def pad_rows(rows: Sequence[Row], at_least: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``ids``, ``positions``, ``targets`` and ``end_targets`` of :class:`Batch`."""
+    length = max(at_least, *(len(row.ids) for row in rows))
 
     def pad(values: list[int], filler: int) -> list[int]:
         return values + [filler] * (length - len(values))
 
-    return Batch(
-        tasks=tasks,
-        ids=torch.tensor([pad(row.ids, ID[PAD]) for row in rows]),
-        targets=torch.tensor([pad(row.targets, -100) for row in rows]),
-        end_targets=torch.tensor([pad(row.end_targets, -100) for row in rows]),
-        positions=torch.tensor(
-            [[pad(list(axis), 0) for axis in zip(*row.positions, strict=True)] for row in rows]
-        ).transpose(0, 1),
-        scenes=scenes,
-        guides=torch.tensor(guides, dtype=torch.long).reshape(-1, 3),
+    places = [[pad(list(axis), 0) for axis in zip(*row.positions, strict=True)] for row in rows]
+    return (
+        torch.tensor([pad(row.ids, ID[PAD]) for row in rows]),
+        torch.tensor(places).transpose(0, 1),
+        torch.tensor([pad(row.targets, -100) for row in rows]),
+        torch.tensor([pad(row.end_targets, -100) for row in rows]),
     )
 
 
 @dataclass
-class _Row:
+class Row:
+    """One episode laid out: as :class:`Batch`, with ``guides`` and ``agreement`` less the episode."""
+
     ids: list[int]
     positions: list[tuple[int, int, int]]
     targets: list[int]
     end_targets: list[int]
     guides: list[tuple[int, int]]
+    agreement: list[tuple[float, ...]]
 
 
-def _lay_out(items: list[Item], as_text: bool, unpredictable: bool) -> _Row:
-    """Write one episode as the chat template would (a test compares the two)."""
-    row = _Row([ID[START]], [(0, 0, 0)], [-100], [-100], [])
+def lay_out(items: Sequence[Item], *, as_text: bool = False, unpredictable: bool = False) -> Row:
+    """Write one episode as the chat template would (a test compares the two).
+
+    Parameters
+    ----------
+    items
+        The demonstrations and the query, each with its answer.
+    as_text
+        Whether words stand in for the pictures.
+    unpredictable
+        Whether an answer is known only after the first item of its class; earlier ones are no targets.
+    """
+    row = Row([ID[START]], [(0, 0, 0)], [-100], [-100], [], [])
     place = 1
-    answered: dict[int, list[int]] = {}
+    answered: dict[int, list[tuple[int, Item]]] = {}
 
     def say(token: int, target: int = -100, end_target: int = -100) -> None:
         nonlocal place
@@ -177,8 +186,10 @@ def _lay_out(items: list[Item], as_text: bool, unpredictable: bool) -> _Row:
         for token, following in zip([ID[ANSWER_CUE], *answer], [*answer, ID[END]], strict=True):
             is_end = following == ID[END]
             say(token, -100 if is_end or not known else following, following if is_end else -100)
-        if item.label_class >= 0:
-            row.guides.extend((cue, earlier) for earlier in answered.get(item.label_class, ()))
-            answered.setdefault(item.label_class, []).append(cue + 1)
+        if earlier := answered.get(item.label_class):
+            row.guides.extend((cue, answered_at) for answered_at, _ in earlier)
+            same = [np.mean([getattr(e.scene, a) == getattr(item.scene, a) for _, e in earlier]) for a in ATTRIBUTES]
+            row.agreement.append((cue + 1, *map(float, same)))
+        answered.setdefault(item.label_class, []).append((cue + 1, item))
         say(ID[END])
     return row
