@@ -102,6 +102,34 @@ def wilson(successes: SupportsIndex, n: SupportsIndex, level: float = 0.95) -> I
     return Interval(share, low, high, trials, "Wilson")
 
 
+def difference(one: Interval, other: Interval) -> Interval:
+    """Newcombe's interval for the difference of two independent shares, from Wilson's interval of each.
+
+    Parameters
+    ----------
+    one, other
+        From :func:`wilson`, at the same level.
+
+    Returns
+    -------
+    Interval
+        Of ``one - other``; ``n`` is the smaller of the two.
+
+    References
+    ----------
+    Newcombe (1998), Statistics in Medicine 17: 873-890, method 10.
+
+    Examples
+    --------
+    >>> print(difference(wilson(56, 70), wilson(48, 80)))
+    0.200 [0.052, 0.334]
+    """
+    estimate = one.estimate - other.estimate
+    below = math.hypot(one.estimate - one.low, other.high - other.estimate)
+    above = math.hypot(one.high - one.estimate, other.estimate - other.low)
+    return Interval(estimate, estimate - below, estimate + above, min(one.n, other.n), "Newcombe")
+
+
 def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Bias-corrected and accelerated (BCa) bootstrap interval for a mean over episodes.
 

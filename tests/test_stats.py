@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from probe.stats import Interval, mean_interval, wilson
+from probe.stats import Interval, difference, mean_interval, wilson
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -41,6 +41,17 @@ def test_wilson_at_the_ends() -> None:
     nothing = wilson(0, 0)
     assert math.isnan(nothing.estimate)
     assert (nothing.low, nothing.high, nothing.n) == (0.0, 1.0, 0)
+
+
+def test_difference_known_values() -> None:
+    """Newcombe (1998), table II, method 10."""
+    for counts, low, high in (
+        ((56, 70, 48, 80), 0.0524, 0.3339),
+        ((10, 10, 0, 10), 0.6075, 1.0),
+        ((6, 7, 2, 7), 0.0582, 0.8062),
+    ):
+        found = difference(wilson(*counts[:2]), wilson(*counts[2:]))
+        assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 
 def test_wilson_takes_counts_only() -> None:

@@ -246,8 +246,9 @@ def test_items_say_what_their_answer_depends_on(task: str) -> None:
     [
         ({"task": "recogniton"}, "did you mean .*recognition"),
         ({"task": "describe-text"}, "There is no task 'describe-text'"),
-        ({"shots": -1}, "asked for -1 and 1"),
-        ({"n": 0}, "asked for 1 and 0"),
+        ({"shots": -1}, "asked for -1, 1 and 0"),
+        ({"n": 0}, "asked for 1, 0 and 0"),
+        ({"seed": -1}, "asked for 1, 1 and -1"),
     ],
 )
 def test_requests_that_make_no_sense(options: dict[str, Any], words: str) -> None:

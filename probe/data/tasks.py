@@ -14,8 +14,8 @@ task                    question            answer
 Each task but ``describe`` has a text-only twin (``<task>-text``): the picture is replaced by its four attribute words,
 so that perception and induction can be told apart.
 
-A task draws a *rule* for an episode and then items that follow it. :func:`draw_items` gives these as plain data;
-training the bundled model uses them directly, and :func:`synthetic_episodes` renders them into episodes.
+A task draws a *rule* for an episode and then items that follow it. :func:`draw_episode` gives these as plain data, and
+:func:`synthetic_episodes` renders them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from probe.data.example import Episode, Example
+from probe.data.example import Episode, Example, check_request
 from probe.data.scenes import ATTRIBUTES, COLOURS, COUNTS, KINDS, SIZES, VALUES, Scene, Split, held_out, render
 from probe.data.words import CUES, DESCRIBE, ENGLISH, LANGUAGES, NONCE, NUMERALS, PLURALS, UNCUED
 from probe.errors import UsageError, did_you_mean
@@ -223,18 +223,16 @@ def synthetic_episodes(
     """
     if task not in TASKS:
         raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
-    if shots < 0 or n < 1:
-        raise UsageError(f"An episode needs 0 or more shots and a run 1 or more episodes; asked for {shots} and {n}.")
+    check_request(shots, n, seed)
     as_text = task.endswith(TEXT_SUFFIX)
-    draw_rule = DRAW_RULE[task.removesuffix(TEXT_SUFFIX)]
     episodes = []
     for index in range(n):
-        rng = np.random.default_rng((seed, index, TASKS.index(task.removesuffix(TEXT_SUFFIX))))
-        rule = draw_rule(rng)
-        items = draw_items(rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query)
+        drawn = draw_episode(
+            task, index, shots=shots, seed=seed, query_in_context=query_in_context, novel_pair_query=novel_pair_query
+        )
         examples = [
-            _example(f"{task}-{seed}-{index}-{place}", item, as_text, int(rng.integers(2**31)), split)
-            for place, item in enumerate(items)
+            _example(f"{task}-{seed}-{index}-{place}", item, as_text, picture, split)
+            for place, (item, picture) in enumerate(zip(drawn.items, drawn.pictures, strict=True))
         ]
         episodes.append(
             Episode(
@@ -243,10 +241,36 @@ def synthetic_episodes(
                 query=examples[-1],
                 strategy=f"synthetic:{task}",
                 seed=seed,
-                info={key: value for key, value in asdict(rule).items() if value is not None},
+                info={key: value for key, value in asdict(drawn.rule).items() if value is not None},
             )
         )
     return episodes
+
+
+@dataclass(frozen=True)
+class DrawnEpisode:
+    """An episode before rendering: what it follows, its items (the query last), and the seed of each picture."""
+
+    rule: Rule
+    items: tuple[Item, ...]
+    pictures: tuple[int, ...]
+
+
+def draw_episode(
+    task: str,
+    index: int,
+    *,
+    shots: int,
+    seed: int = 0,
+    query_in_context: bool = True,
+    novel_pair_query: bool = False,
+) -> DrawnEpisode:
+    """Episode ``index`` of :func:`synthetic_episodes`, as plain data."""
+    task = task.removesuffix(TEXT_SUFFIX)
+    rng = np.random.default_rng((seed, index, list(DRAW_RULE).index(task)))
+    rule = DRAW_RULE[task](rng)
+    items = draw_items(rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query)
+    return DrawnEpisode(rule, tuple(items), tuple(int(rng.integers(2**31)) for _ in items))
 
 
 def _example(name: str, item: Item, as_text: bool, seed: int, split: Split) -> Example:
