@@ -94,7 +94,7 @@ def test_a_directory_without_checkpoint(tmp_path):
 )
 def test_a_config_of_something_else(copy, content, error):
     (copy / "config.json").write_text(content)
-    with pytest.raises(error, match=r"cannot be read|holds a 'llava' model|holds a None model"):
+    with pytest.raises(error, match=r"cannot be read|is a 'llava' model|is a None model"):
         load(copy)
 
 
@@ -209,9 +209,9 @@ def test_a_tokenizer_without_padding(copy):
 
 
 def test_the_bundled_model_keeps_its_caveat_wherever_it_lies(tmp_path, monkeypatch):
-    from probe.models.load import TOY
+    from probe.models.names import BUNDLED
 
-    moved = shutil.copytree(TOY, tmp_path / "copy")
+    moved = shutil.copytree(BUNDLED["toy"], tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     assert load("copy").caveat == load(moved).caveat == load("toy").caveat != ""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from probe.cli.report import Reporter
     from probe.data.example import Episode
     from probe.experiments.ranking import RankedHead
+    from probe.models.names import Located
     from probe.store import Run
 
 Rows = Literal["answer", "demo-answers", "all"]
@@ -84,18 +85,21 @@ def attention_map(
 
         episodes = source.read_episodes()
         content = episodes_key(episodes)
+    with reporter.step("finding the model"):
+        from probe.models.names import locate
+
+        located = locate(source.model)
     with reporter.step("loading the libraries"):
         from probe.models.fingerprint import of_directory
-        from probe.models.load import find, placement
+        from probe.models.load import placement
         from probe.store import key, open_run
 
-        directory = find(source.model)
         dtype, device = placement(source.dtype, source.device)
         config = {
             "experiment": "attention_map",
             "probe_version": version("probe"),
             "model": source.model,
-            "model_fingerprint": of_directory(directory),
+            "model_fingerprint": of_directory(located.directory),
             **source.describe(),
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
@@ -109,7 +113,7 @@ def attention_map(
     with open_run(out or Path("probe-runs") / name, config) as run:
         reused = run.finished
         if not reused:
-            _compute(run, source, episodes, rows, chosen, batch_size, reporter)
+            _compute(run, source, located, episodes, rows, chosen, batch_size, reporter)
         result = run.result()
 
         from probe.experiments.ranking import rank_heads
@@ -123,6 +127,7 @@ def attention_map(
 def _compute(
     run: Run,
     source: Source,
+    located: Located,
     episodes: Sequence[Episode],
     rows: Rows,
     layers: list[int] | None,
@@ -138,7 +143,7 @@ def _compute(
 
     disable_progress_bar()  # transformers' own would break into ours
     with reporter.step("loading the model"):
-        model = load(source.model, dtype=source.dtype, device=source.device)
+        model = load(located, dtype=source.dtype, device=source.device)
         # What the model cannot read is refused before anything is written.
         model.choose_layers(layers)
         experiment.check_words(model, episodes)

@@ -23,7 +23,8 @@ class Source:
     Parameters
     ----------
     model
-        `toy` (bundled) or a directory with a Qwen2.5-VL checkpoint in Hugging Face layout.
+        `toy` or `toy-no-binding` (bundled), an alias such as `qwen-vl`, a repository of the Hugging Face Hub
+        (owner/name or owner/name@revision), or a directory with a checkpoint in Hugging Face layout.
     data
         Your own examples: a .jsonl file with lines like {"image": "cat.jpg", "question": "…", "answer": "…"}, or a
         folder of images with a metadata.jsonl. Demonstrations are drawn at random for each query.

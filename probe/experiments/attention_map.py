@@ -299,6 +299,7 @@ def _attributes(
         "experiment": "attention_map",
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "model_origin": model.origin,
         "model_family": model.family.name,
         "dtype": dtype,
         "attn_implementation": model.attention_implementation,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Family:
         ``(config, padded token ids) -> inputs`` that follow from the ids.
     adjacent_images
         Whether two images may follow each other without a token between them.
+    aliases
+        Short names of its checkpoints: the repository of each, ``owner/name`` or ``owner/name@revision``.
     """
 
     name: str
@@ -47,3 +49,4 @@ class Family:
     process_images: Callable[[Any, list[Image.Image]], tuple[dict[str, Tensor], list[ImageTokens]]]
     token_inputs: Callable[[Any, Tensor], dict[str, Tensor]]
     adjacent_images: bool = True
+    aliases: Mapping[str, str] = field(default_factory=dict)

@@ -9,14 +9,10 @@ from typing import Any, cast
 import torch
 
 from probe.errors import ProbeError, UsageError, did_you_mean
-from probe.models.family import Family
 from probe.models.fingerprint import of_directory, of_module
 from probe.models.model import Model
-from probe.models.qwen import QWEN2_5_VL
+from probe.models.names import BUNDLED, FAMILIES, Located, locate
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL,)}
-TOY = Path(__file__).parent.parent / "toy" / "weights"
-BUNDLED = {"toy": TOY}
 CAVEAT = (
     "Drawn on the bundled toy model, part of whose circuits were seeded in training: it shows that the tool works, and "
     "nothing about vision-language models at large."
@@ -24,47 +20,8 @@ CAVEAT = (
 KERNELS = ("sdpa", "eager")
 
 
-def find(name: str | Path) -> Path:
-    """The directory that ``name`` means.
-
-    Raises
-    ------
-    UsageError
-        If it is neither the bundled model nor a directory of a family that can be read.
-    """
-    if str(name) in BUNDLED:
-        return BUNDLED[str(name)]
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "is neither a known model nor a directory"
-        raise UsageError(
-            f"{str(name)!r} {what}; {did_you_mean(str(name), tuple(BUNDLED))} Or give a directory that holds a "
-            "checkpoint in Hugging Face layout."
-        )
-    family_of(directory)
-    return directory
-
-
-def family_of(directory: Path) -> Family:
-    """The family of a checkpoint, from its ``config.json``."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{directory} holds no config.json, so it is no checkpoint in Hugging Face layout.") from None
-    except (OSError, ValueError) as error:
-        raise ProbeError(f"{path} cannot be read: {error}.") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FAMILIES:
-        raise UsageError(
-            f"{directory} holds a {kind!r} model; known families are {', '.join(sorted(FAMILIES))}. Give the directory "
-            "of a Qwen2.5-VL checkpoint."
-        )
-    return FAMILIES[kind]
-
-
 def load(
-    name: str | Path | torch.nn.Module,
+    name: str | Path | Located | torch.nn.Module,
     *,
     processor: Any = None,
     dtype: str | torch.dtype | None = None,
@@ -75,8 +32,9 @@ def load(
     Parameters
     ----------
     name
-        ``"toy"`` (the bundled model), a directory that holds a checkpoint in Hugging Face layout, or a module in
-        memory.
+        ``"toy"`` (the bundled model), ``"toy-no-binding"`` (its control, which cannot bind labels), an alias such as
+        ``"qwen-vl"``, a repository of the Hugging Face Hub (``owner/name`` or ``owner/name@revision``), a directory
+        that holds a checkpoint in Hugging Face layout, or a module in memory.
     processor
         With a module: an object with ``tokenizer`` and ``image_processor`` (and ``chat_template`` if the tokenizer has
         none), such as a Hugging Face processor.
@@ -95,7 +53,8 @@ def load(
     UsageError
         If the name is unknown, the family is not supported, or options exclude each other.
     ProbeError
-        If files are missing or broken. Weights that the checkpoint lacks are never replaced by random ones.
+        If the model cannot be fetched, or files are missing or broken. Weights that the checkpoint lacks are never
+        replaced by random ones.
     """
     if isinstance(name, torch.nn.Module):
         if dtype is not None or device is not None:
@@ -103,14 +62,11 @@ def load(
         return _from_module(name, processor)
     if processor is not None:
         raise UsageError("A processor goes with a module in memory; a directory brings its own.")
-    directory = find(name)
-    if not directory.is_dir():
-        raise ProbeError(f"The bundled model is not installed at {directory}; install probe again.")
-    return _from_directory(str(name), directory, dtype, device)
+    return _from_directory(name if isinstance(name, Located) else locate(name), dtype, device)
 
 
-def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None, device: Any) -> Model:
-    family = family_of(directory)
+def _from_directory(located: Located, dtype: str | torch.dtype | None, device: Any) -> Model:
+    directory, family = located.directory, located.family
     number, chosen = placement(dtype, device)
     try:
         module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
@@ -131,14 +87,15 @@ def _from_directory(name: str, directory: Path, dtype: str | torch.dtype | None,
         )
     fingerprint = of_directory(directory)
     model = Model(
-        name=name,
+        name=located.name,
         module=module.to(chosen).eval(),
         tokenizer=tokenizer,
         image_processor=image_processor,
         chat_template=template,
         family=family,
         fingerprint=fingerprint,
-        caveat=CAVEAT if fingerprint in {of_directory(path) for path in BUNDLED.values()} else "",
+        origin=located.origin,
+        caveat=CAVEAT if fingerprint in {of_directory(path) for path in BUNDLED.values() if path.is_dir()} else "",
     )
     _check(model)
     return model

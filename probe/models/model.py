@@ -41,6 +41,8 @@ class Model:
         What is special about its kind.
     fingerprint
         Identifies weights, configuration and processor files.
+    origin
+        ``owner/name@commit`` if it is from the Hugging Face Hub, else empty.
     caveat
         What every picture drawn on this model must say; empty for most.
     """
@@ -52,6 +54,7 @@ class Model:
     chat_template: str
     family: Family
     fingerprint: str
+    origin: str = ""
     caveat: str = ""
 
     # ----------------------------------------------------------------------------------------------------------- facts

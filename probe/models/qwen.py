@@ -75,4 +75,11 @@ QWEN2_5_VL = Family(
     process_images=process_images,
     token_inputs=token_inputs,
     adjacent_images=False,
+    aliases={
+        "qwen-vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "qwen2.5-vl-32b": "Qwen/Qwen2.5-VL-32B-Instruct",
+        "qwen2.5-vl-72b": "Qwen/Qwen2.5-VL-72B-Instruct",
+    },
 )

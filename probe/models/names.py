@@ -1,0 +1,150 @@
+"""From a name to a directory on this machine: bundled models, aliases, directories, repositories of the Hub.
+
+A repository of the Hugging Face Hub is written ``owner/name``, or ``owner/name@revision`` with a branch, a tag or a
+commit. What it means today is settled once, before anything else is fetched: its ``config.json`` names the family, and
+a model of an unknown family is refused before gigabytes are on their way. The commit that was found is kept in every
+result. ``HF_HUB_OFFLINE=1`` and the other settings of ``huggingface_hub`` hold. Code that comes with a checkpoint is
+never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.models.family import Family
+from probe.models.qwen import QWEN2_5_VL
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL,)}
+ALIASES: Mapping[str, str] = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
+WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
+BUNDLED = {name: WEIGHTS / name for name in ("toy", "toy-no-binding")}
+"""The models that are installed with probe; docs/toy.md describes them."""
+
+WANTED, UNWANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"), ("*/*", "consolidated*")
+"""Files of a repository that are fetched; other formats of the same weights, which many repositories hold, are not."""
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model that is on this machine.
+
+    Attributes
+    ----------
+    name
+        What the user called it.
+    directory
+        A checkpoint in Hugging Face layout.
+    family
+        Its kind.
+    origin
+        ``owner/name@commit`` if it is from the Hub, else empty.
+    """
+
+    name: str
+    directory: Path
+    family: Family
+    origin: str = ""
+
+
+def locate(name: str | Path) -> Located:
+    """What ``name`` means; fetched from the Hub if it is there and not on this machine yet.
+
+    Raises
+    ------
+    UsageError
+        If the name means nothing, or a model of a family that cannot be read.
+    ProbeError
+        If the model cannot be fetched.
+    """
+    text = str(name)
+    if text in BUNDLED:
+        if not BUNDLED[text].is_dir():
+            raise ProbeError(f"The bundled model is not installed at {BUNDLED[text]}; install probe again.")
+        return Located(text, BUNDLED[text], family_of(BUNDLED[text], text))
+    if text in ALIASES:
+        return _from_hub(text, ALIASES[text])
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return Located(text, directory, family_of(directory, text))
+    if isinstance(name, str) and not directory.exists() and _REPOSITORY.fullmatch(text):
+        return _from_hub(text, text)
+    what = "is a file" if directory.exists() else "is neither a known model nor a directory"
+    raise UsageError(
+        f"{text!r} {what}; {did_you_mean(text, (*BUNDLED, *ALIASES))} Or give a repository of the Hugging Face Hub "
+        "(owner/name or owner/name@revision), or a directory that holds a checkpoint in Hugging Face layout."
+    )
+
+
+def family_of(directory: Path, name: str) -> Family:
+    """The family of a checkpoint, from its ``config.json``."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{directory} holds no config.json, so it is no checkpoint in Hugging Face layout.") from None
+    except (OSError, ValueError) as error:
+        raise ProbeError(f"{path} cannot be read: {error}.") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in FAMILIES:
+        known = ", ".join(f"{family.name} ({key})" for key, family in sorted(FAMILIES.items()))
+        raise UsageError(
+            f"{name} is a {kind!r} model; known families are {known}. docs/families.md says how to add one."
+        )
+    return FAMILIES[kind]
+
+
+def _from_hub(name: str, address: str) -> Located:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = address.partition("@")
+    what = name if name == address else f"{name} ({address})"
+    try:
+        config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+        commit, family = config.parent.name, family_of(config.parent, what)
+        directory = snapshot_download(
+            repository, revision=commit, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+        )
+    except HFValidationError:
+        raise UsageError(f"{what}: the Hub has no such names; write owner/name or owner/name@revision.") from None
+    except GatedRepoError as error:
+        raise ProbeError(
+            f"{what} is gated: accept its terms at https://huggingface.co/{repository} and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{what}: the repository has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"{what}: the Hub has no such repository, or it is private: then log in with `hf auth login`."
+        ) from error
+    except IncompleteSnapshotError as error:
+        raise ProbeError(
+            f"{what} is only in part on this machine, and the Hub cannot be reached (HF_HUB_OFFLINE, or no network)."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ProbeError(
+            f"{what} is not on this machine, and the Hub cannot be reached (HF_HUB_OFFLINE, or no network). Fetch it "
+            f"where there is a network: hf download {repository}."
+        ) from error
+    except EntryNotFoundError as error:
+        raise UsageError(f"{what} has no config.json, so it is no model that transformers can load.") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProbeError(f"{what} cannot be fetched: {reason}") from error
+    return Located(name, Path(directory), family, f"{repository}@{commit}")
