@@ -314,7 +314,8 @@ def test_a_part_of_another_precision_is_refused():
         part = compute()
         return part.assign(residual=part["residual"] + (3e-3 if name.startswith("000000") else 0))
 
-    with pytest.raises(ProbeError, match=r"cannot be rebuilt.*episode1"):
+    # The two of the first batch are off alike, but for rounding.
+    with pytest.raises(ProbeError, match=r"cannot be rebuilt.*episode episode[12],"):
         attention_map(model, EPISODES, batch_size=2, keep=keep)
 
 

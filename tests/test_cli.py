@@ -290,7 +290,7 @@ def test_a_directory_of_another_family(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     code, message = failure(capsys, "--model", str(tmp_path))
     assert code == 2
-    assert "holds a 'llava' model" in message
+    assert "is a 'llava' model" in message
 
 
 def test_a_directory_with_files_of_ones_own_is_left_alone(here, capsys):
