@@ -65,6 +65,20 @@ def test_the_card_is_written_from_the_measurements_of_these_weights(name):
     assert measured["recipe"] == json.loads((directory / "recipe.json").read_text())
 
 
+def test_the_picture_of_the_models_can_be_drawn_and_says_what_it_shows(tmp_path):
+    import runpy
+    from pathlib import Path
+
+    figure = runpy.run_path(str(Path(__file__).parent.parent / "figures" / "toy_models.py"))
+    assert figure["main"](["--out", str(tmp_path / "toy.html")]) == 0
+    toy, control = (json.loads((EVALUATIONS / f"{name}.json").read_text()) for name in NAMES)
+    drawn = figure["plot_toy_models"](toy, control)
+    [heads] = [trace for trace in drawn.data if trace.type == "heatmap"]
+    effect = toy["heads"][0]["effects"]["0.1"]
+    assert heads.z[0][1] == 100 * (effect["gained"] - effect["lost"]) / toy["heads"][0]["n"]
+    assert probe.load("toy").caveat in drawn.layout.title.subtitle.text
+
+
 def test_the_bundled_model_learns_in_context():
     """Loose bounds: the card has the figures."""
     assert accuracy("toy", "recognition", 0) < 0.4

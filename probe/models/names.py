@@ -101,50 +101,45 @@ def family_of(directory: Path, name: str) -> Family:
 
 
 def _from_hub(name: str, address: str) -> Located:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        IncompleteSnapshotError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     repository, _, revision = address.partition("@")
     what = name if name == address else f"{name} ({address})"
+    out_of_reach = "and the Hub cannot be reached (HF_HUB_OFFLINE, or no network)"
+    # The first that fits: some of these are kinds of later ones.
+    refusals: tuple[tuple[type[Exception], type[ProbeError], str], ...] = (
+        (errors.HFValidationError, UsageError, f"{what}: the Hub has no such names; write owner/name@revision."),
+        (
+            errors.GatedRepoError,
+            ProbeError,
+            f"{what} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`.",
+        ),
+        (errors.RevisionNotFoundError, UsageError, f"{what}: the repository has no revision {revision!r}."),
+        (
+            errors.RepositoryNotFoundError,
+            UsageError,
+            f"{what}: there is no such directory here, and on the Hub no such repository, or it is private: then "
+            "`hf auth login` first.",
+        ),
+        (errors.IncompleteSnapshotError, ProbeError, f"{what} is only in part on this machine, {out_of_reach}."),
+        (
+            errors.LocalEntryNotFoundError,
+            ProbeError,
+            f"{what} is not on this machine, neither a directory nor in the Hub's cache, {out_of_reach}. Fetch it "
+            f"where there is a network: hf download {repository}.",
+        ),
+        (errors.EntryNotFoundError, UsageError, f"{what} has no config.json, so transformers cannot load it."),
+    )
     try:
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
         commit, family = config.parent.name, family_of(config.parent, what)
         directory = snapshot_download(
             repository, revision=commit, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
         )
-    except HFValidationError:
-        raise UsageError(f"{what}: the Hub has no such names; write owner/name or owner/name@revision.") from None
-    except GatedRepoError as error:
-        raise ProbeError(
-            f"{what} is gated: accept its terms at https://huggingface.co/{repository} and log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{what}: the repository has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{what}: the Hub has no such repository, or it is private: then log in with `hf auth login`."
-        ) from error
-    except IncompleteSnapshotError as error:
-        raise ProbeError(
-            f"{what} is only in part on this machine, and the Hub cannot be reached (HF_HUB_OFFLINE, or no network)."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ProbeError(
-            f"{what} is not on this machine, and the Hub cannot be reached (HF_HUB_OFFLINE, or no network). Fetch it "
-            f"where there is a network: hf download {repository}."
-        ) from error
-    except EntryNotFoundError as error:
-        raise UsageError(f"{what} has no config.json, so it is no model that transformers can load.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
+        for kind, refusal, sentence in refusals:
+            if isinstance(error, kind):
+                raise refusal(sentence) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProbeError(f"{what} cannot be fetched: {reason}") from error
     return Located(name, Path(directory), family, f"{repository}@{commit}")

@@ -1,11 +1,13 @@
 """Measure a trained model: ``python -m probe.toy.evaluate --model DIR --out FILE``.
 
-Four measurements, all on new renders and unseen scans of digits, with labels bound afresh in each episode:
+Six measurements, all on new renders and unseen scans of digits, with labels bound afresh in each episode:
 
 - *accuracy* of each task at each number of shots, with baselines where the labels are made up;
 - *novel pairs*: the same at eight shots, for queries whose colour and kind never occur together in training;
 - *copying*: whether three near-duplicates of the query with one wrong answer among the demonstrations lead astray;
-- *heads*: what each head's removal does to each task.
+- *one question*: ``vqa`` whose items all ask the same, as in training only flipped ones do;
+- *heads*: what each head's removal does to each task;
+- *agreement*: whether plain generation gives the same answers.
 
 The file holds counts; :mod:`probe.toy.bars` judges them and :mod:`probe.toy.card` prints them. Tune on
 one ``--seed`` and report another.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 from probe.toy.architecture import Size
 
@@ -96,9 +97,5 @@ class Recipe:
     """Whether the decoder runs through ``torch.compile``: faster, and other rounding errors."""
 
 
-def no_binding(recipe: Recipe) -> Recipe:
-    """The control: the same training without guidance, in which binding is not found."""
-    return replace(recipe, guidance=None)
-
-
-SIBLINGS = {"default": lambda recipe: recipe, "no-binding": no_binding}
+SIBLINGS: dict[str, dict[str, Any]] = {"default": {}, "no-binding": {"guidance": None}}
+"""Controls: what each changes in a recipe. Without guidance, binding is not found."""

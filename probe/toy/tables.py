@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from probe.data.scenes import ATTRIBUTES
 from probe.data.tasks import TEXT_SUFFIX
 from probe.stats import wilson
-from probe.toy.bars import Bar
+from probe.toy.bars import Bar, Shares
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -35,24 +35,22 @@ def guided_heads(recipe: dict[str, Any]) -> dict[str, str]:
 
 def accuracy_table(result: dict[str, Any]) -> str:
     """Accuracy by task and shots, with the baselines of the binding tasks."""
-    shots = sorted({cell["shots"] for cell in result["accuracy"]})
-    cells = {(cell["task"], cell["shots"]): cell for cell in result["accuracy"]}
+    shares = Shares(result)
     rows = []
-    for task in dict.fromkeys(task for task, _ in cells):
-        rows.append([f"`{task}`", *(str(wilson(cells[task, s]["right"], cells[task, s]["n"])) for s in shots)])
+    for task in shares.tasks:
+        rows.append([f"`{task}`", *(str(shares[task, s]) for s in shares.shots)])
         if task.startswith("binding") and not task.endswith(TEXT_SUFFIX):
             for name, label in (("majority", "commonest label"), ("last", "last label")):
-                given = [(cells[task, s].get(name), cells[task, s]["n"]) for s in shots]
-                rows.append([f"… {label}", *("–" if x is None else f"{x / n:.3f}" for x, n in given)])
-    return table(["task", *(f"{s} shot{'s' if s != 1 else ''}" for s in shots)], rows)
+                given = [shares.cells[task, s] for s in shares.shots]
+                rows.append([f"… {label}", *(f"{c[name] / c['n']:.3f}" if name in c else "–" for c in given)])
+    return table(["task", *(f"{s} shot{'s' if s != 1 else ''}" for s in shares.shots)], rows)
 
 
 def novel_table(result: dict[str, Any]) -> str:
     """Accuracy at eight shots on seen and on held-out pairs of colour and kind."""
-    seen = {cell["task"]: cell for cell in result["accuracy"] if cell["shots"] == 8}
+    seen = Shares(result)
     rows = [
-        [f"`{c['task']}`", *(str(wilson(x["right"], x["n"])) for x in (seen[c["task"]], c))]
-        for c in result["novel_pairs"]
+        [f"`{c['task']}`", str(seen[c["task"], c["shots"]]), share((c["right"], c["n"]))] for c in result["novel_pairs"]
     ]
     return table(["task", "seen pair", "held-out pair"], rows)
 
@@ -63,7 +61,7 @@ def attribute_table(result: dict[str, Any]) -> str:
     for part, name in (("accuracy", ""), ("novel_pairs", ", held-out pair")):
         for cell in result[part]:
             if cell["shots"] == 8 and "by_attribute" in cell and not cell["task"].endswith(TEXT_SUFFIX):
-                shares = [str(wilson(*cell["by_attribute"][attribute])) for attribute in ATTRIBUTES]
+                shares = [share(cell["by_attribute"][attribute]) for attribute in ATTRIBUTES]
                 rows.append([f"`{cell['task']}`{name}", *shares])
     return table(["task", *ATTRIBUTES], rows)
 
@@ -77,7 +75,7 @@ def copying_table(result: dict[str, Any]) -> str:
             rows.append(
                 [
                     f"`{cell['task']}`, {name}",
-                    str(wilson(part["right"], cell["n"])),
+                    share((part["right"], cell["n"])),
                     f"{part['planted']} of {part['errors']}" if name == "provoked" else "–",
                     f"{part['copied']} of {part['errors']}",
                     f"{part['copied_by_chance']} of {part['errors']}",

@@ -119,13 +119,12 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="store the finished weights in half precision")
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler; 1.7 times slower")
     arguments = parser.parse_args()
-    recipe = SIBLINGS[arguments.sibling](
-        Recipe(
-            seed=arguments.seed,
-            vision_steps=arguments.vision_steps,
-            language_steps=arguments.language_steps,
-            compiled=not arguments.no_compile,
-        )
+    recipe = Recipe(
+        seed=arguments.seed,
+        vision_steps=arguments.vision_steps,
+        language_steps=arguments.language_steps,
+        compiled=not arguments.no_compile,
+        **SIBLINGS[arguments.sibling],
     )
     if arguments.vision_of is not None:
         take_vision(arguments.vision_of, arguments.out, recipe)
