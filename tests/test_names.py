@@ -144,7 +144,7 @@ def response(status: int) -> SimpleNamespace:
             "cannot be fetched: the Hub is down",
         ),
         (OSError(28, "No space left on device"), ProbeError, "cannot be fetched: .*No space left"),
-        (hub.LocalEntryNotFoundError("x"), ProbeError, "is not on this machine"),
+        (hub.LocalEntryNotFoundError("x"), ProbeError, "is not on this machine.* someone/model --revision v9"),
         (hub.IncompleteSnapshotError("x", "somewhere"), ProbeError, "only in part"),
     ],
 )

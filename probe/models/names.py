@@ -126,7 +126,7 @@ def _from_hub(name: str, address: str) -> Located:
             errors.LocalEntryNotFoundError,
             ProbeError,
             f"{what} is not on this machine, neither a directory nor in the Hub's cache, {out_of_reach}. Fetch it "
-            f"where there is a network: hf download {repository}.",
+            f"where there is a network: hf download {repository}{f' --revision {revision}' if revision else ''}.",
         ),
         (errors.EntryNotFoundError, UsageError, f"{what} has no config.json, so transformers cannot load it."),
     )
