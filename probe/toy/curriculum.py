@@ -1,13 +1,14 @@
 """Training episodes of the bundled model as tensors.
 
 Every item's answer is trained, not only the query's: an episode of n items is n queries with 0 to n-1 shots. What no
-reader could know (the first time a nonce word or a flipped label appears) carries no loss.
+reader could know (the first time a nonce word or a flipped label appears, a label that is wrong by accident) carries
+no loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from probe.data.scenes import ATTRIBUTES, COLUMNS, ROWS, VALUES
 from probe.data.tasks import DRAW_RULE, Item, Rule, answer_item, bind, draw_scene, scene_words
-from probe.data.words import ENGLISH, LANGUAGES
+from probe.data.words import LANGUAGES
 from probe.toy.architecture import IMAGE_TOKENS
 from probe.toy.recipe import Mixture
 from probe.toy.vocabulary import ANSWER_CUE, END, IMAGE, PAD, START, words
@@ -46,14 +47,20 @@ class Batch:
     agreement: Tensor
 
 
-def _flip(rng: np.random.Generator, task: str) -> Rule:
-    """A vqa or recognition rule whose labels are exchanged among a few classes."""
+def _narrow(rng: np.random.Generator, task: str, flipped: bool) -> Rule:
+    """A vqa or recognition rule that asks one question throughout, about all classes or a few.
+
+    Where it is flipped, the labels of the few classes are exchanged among them.
+    """
     attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
-    table = ENGLISH if task == "vqa" else LANGUAGES[list(LANGUAGES)[rng.integers(len(LANGUAGES))]]
+    language = "english" if task == "vqa" else list(LANGUAGES)[rng.integers(len(LANGUAGES))]
+    if not flipped and rng.random() < 0.5:
+        return Rule(task, attribute=attribute, language=language)
     n_values = len(VALUES[attribute])
-    classes = rng.choice(n_values, size=min(int(rng.integers(2, 5)), n_values), replace=False)
-    labels = {int(value): table[attribute][wrong] for value, wrong in zip(classes, np.roll(classes, 1), strict=True)}
-    return Rule(task, attribute=attribute, classes=tuple(labels), labels=labels)
+    classes = tuple(rng.choice(n_values, size=min(int(rng.integers(2, 5)), n_values), replace=False).tolist())
+    table = LANGUAGES[language][attribute]
+    labels = {value: table[wrong] for value, wrong in zip(classes, np.roll(classes, 1), strict=True)}
+    return Rule(task, attribute=attribute, language=language, classes=classes, labels=labels if flipped else None)
 
 
 def draw_rule(rng: np.random.Generator, mixture: Mixture) -> Rule:
@@ -63,8 +70,8 @@ def draw_rule(rng: np.random.Generator, mixture: Mixture) -> Rule:
     if task.startswith("binding"):
         attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
         return bind(task, attribute, int(rng.integers(2, 6)), rng)
-    if task in ("vqa", "recognition") and rng.random() < mixture.flipped:
-        return _flip(rng, task)
+    if task in ("vqa", "recognition") and (drawn := rng.random()) < mixture.flipped + mixture.narrow:
+        return _narrow(rng, task, drawn < mixture.flipped)
     return DRAW_RULE[task](rng)
 
 
@@ -81,28 +88,42 @@ def draw_items(rule: Rule, n: int, rng: np.random.Generator, repeated: float) ->
     return items
 
 
-def draw_batch(rng: np.random.Generator, n_episodes: int, n_items: int, mixture: Mixture) -> Batch:
-    """Draw training episodes and lay them out."""
+def mislabel(items: list[Item], place: int, rng: np.random.Generator) -> None:
+    """Give one vqa or recognition item, in place, another answer from the vocabulary of its own."""
+    item = items[place]
+    table = next(t for words in LANGUAGES.values() for t in words.values() if item.answer in t)
+    others = [word for word in table if word != item.answer]
+    items[place] = replace(item, answer=others[rng.integers(len(others))])
+
+
+def draw_batch(
+    rng: np.random.Generator, n_episodes: int, n_items: int, mixture: Mixture, describe_items: int | None = None
+) -> Batch:
+    """Draw training episodes of ``n_items`` (``describe``: of ``describe_items``, if given) and lay them out."""
+    n_described = n_items if describe_items is None else describe_items
     tasks, attributes, rows = [], [], []
     scenes: list[tuple[int, int, int, int]] = []
     guides: list[tuple[int, int, int]] = []
     agreement: list[tuple[float, ...]] = []
     for index in range(n_episodes):
         rule = draw_rule(rng, mixture)
-        # Its answers are three times as long; a few items fewer keep the batch from being padded.
-        n = n_items * 3 // 4 if rule.task == "describe" else n_items
-        items = draw_items(rule, n, rng, mixture.repeated)
+        items = draw_items(rule, n_described if rule.task == "describe" else n_items, rng, mixture.repeated)
+        wrong = None
+        if rule.task in ("vqa", "recognition") and rule.labels is None and rng.random() < mixture.mislabelled:
+            wrong = int(rng.integers(len(items)))
+            mislabel(items, wrong, rng)
         tasks.append(rule.task)
         attributes.append(-1 if rule.attribute is None else ATTRIBUTES.index(rule.attribute))
         as_text = rule.task != "describe" and rng.random() < mixture.text_only
-        row = lay_out(items, as_text=as_text, unpredictable=rule.labels is not None)
+        row = lay_out(items, as_text=as_text, unpredictable=rule.labels is not None, wrong=wrong)
         rows.append(row)
         scenes.extend(() if as_text else [(i.scene.colour, i.scene.kind, i.scene.count, i.scene.size) for i in items])
         if rule.task.startswith("binding"):
             guides.extend((index, cue, answer) for cue, answer in row.guides)
             agreement.extend((index, *compared) for compared in row.agreement)
-    # Always the length of a batch with pictures: a compiled decoder wants few shapes.
-    ids, positions, targets, end_targets = pad_rows(rows, at_least=1 + n_items * (IMAGE_TOKENS + 4))
+    # Always the length of the longest that could have been drawn: a compiled decoder wants few shapes.
+    longest = 1 + max(n_items * (IMAGE_TOKENS + 4), n_described * (IMAGE_TOKENS + 6))
+    ids, positions, targets, end_targets = pad_rows(rows, at_least=longest)
     return Batch(
         tasks=tasks,
         attributes=torch.tensor(attributes),
@@ -144,7 +165,9 @@ class Row:
     agreement: list[tuple[float, ...]]
 
 
-def lay_out(items: Sequence[Item], *, as_text: bool = False, unpredictable: bool = False) -> Row:
+def lay_out(
+    items: Sequence[Item], *, as_text: bool = False, unpredictable: bool = False, wrong: int | None = None
+) -> Row:
     """Write one episode as the chat template would (a test compares the two).
 
     Parameters
@@ -155,6 +178,8 @@ def lay_out(items: Sequence[Item], *, as_text: bool = False, unpredictable: bool
         Whether words stand in for the pictures.
     unpredictable
         Whether an answer is known only after the first item of its class; earlier ones are no targets.
+    wrong
+        The item whose answer is a wrong one, and no target.
     """
     row = Row([ID[START]], [(0, 0, 0)], [-100], [-100], [], [])
     place = 1
@@ -168,7 +193,7 @@ def lay_out(items: Sequence[Item], *, as_text: bool = False, unpredictable: bool
         row.end_targets.append(end_target)
         place += 1
 
-    for item in items:
+    for index, item in enumerate(items):
         if as_text:
             for word in scene_words(item.scene).split():
                 say(ID[word])
@@ -181,7 +206,7 @@ def lay_out(items: Sequence[Item], *, as_text: bool = False, unpredictable: bool
             place += max(ROWS, COLUMNS)
         say(ID[item.question])
         answer = [ID[word] for word in item.answer.split()]
-        known = not unpredictable or item.label_class in answered
+        known = index != wrong and (not unpredictable or item.label_class in answered)
         cue = len(row.ids)
         for token, following in zip([ID[ANSWER_CUE], *answer], [*answer, ID[END]], strict=True):
             is_end = following == ID[END]

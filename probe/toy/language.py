@@ -63,7 +63,7 @@ def draw_training_batch(recipe: Recipe, part: float, step: int, rng: np.random.G
     episodes = recipe.language_batch // recipe.shards
     if is_long:
         return draw_batch(rng, episodes // 2, recipe.long_items, mixture)
-    return draw_batch(rng, episodes, recipe.items, mixture)
+    return draw_batch(rng, episodes, recipe.items, mixture, recipe.describe_items)
 
 
 def draw_features(batch: Batch, bank: Tensor, rng: np.random.Generator) -> Tensor:

@@ -24,6 +24,11 @@ class Mixture:
     """Of the items after the first: the share that repeats an earlier item's scene, newly rendered."""
     flipped: float = 0.2
     """Of vqa and recognition: the share with consistently wrong labels, which only the context can tell."""
+    narrow: float = 0.2
+    """Of vqa and recognition: the share with right labels that asks one question throughout, half of it about two to
+    four classes, as flipped episodes do: so that this alone does not tell that labels are flipped."""
+    mislabelled: float = 0.1
+    """Of vqa and recognition episodes with right labels: the share in which one item's label is wrong."""
 
     def tasks(self) -> dict[str, float]:
         """The probability of each task."""
@@ -83,6 +88,8 @@ class Recipe:
     language_lr: float = 1.5e-3
     items: int = 9
     long_items: int = 17
+    describe_items: int = 7
+    """In batches of ``items``: its answers are long, and so many are no longer than the others."""
     long_from: float = 0.5
     """From this part of the decoder's training on, every second batch has ``long_items`` items, half the episodes."""
     mixture: Mixture = Mixture()
