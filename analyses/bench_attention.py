@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom
 
-from probe.experiments.attention_map import BatchRows, make_reducer
+from probe.experiments.attention_map import BatchRows, Keys, make_reducer
 from probe.measures.mass import one_hot_segments
 from probe.models.encoding import Batch
 from probe.models.load import load
@@ -93,7 +93,7 @@ def make_way(way: str) -> Callable[[int], object]:
     def record(n: int) -> object:
         rows = BatchRows(positions=torch.tensor([[n - 1]]), weights=torch.ones(1, 1, 1))
         segments = one_hot_segments(torch.arange(n)[None] * N_SEGMENTS // n, N_SEGMENTS)
-        reduce = make_reducer(model, rows, segments, all_rows=way == "all rows")
+        reduce = make_reducer(model, rows, Keys(segments), all_rows=way == "all rows")
         return read(model, Batch(make_inputs(n), (), (0,)), ("attention", "heads"), reduce)
 
     return record

@@ -66,7 +66,7 @@ def visible_share(result: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        Dimensions (episode, row, segment); NaN where the row can see no key of the segment.
+        Dimensions (episode, row, layer, segment); NaN where the row can see no key of the segment.
     """
     share = result["visible_share"]
     return share.where(share > 0).assign_attrs(units="share of visible keys")

@@ -112,7 +112,7 @@ def synthetic_result(
     mass = np.full(shape, np.nan, np.float32)
     contribution = np.full(shape, np.nan, np.float32)
     n_tokens = np.zeros((len(episodes), len(labels)), np.int64)
-    n_visible = np.full((len(episodes), len(rows), len(labels)), np.nan)
+    n_visible = np.full((len(episodes), len(rows), layers, len(labels)), np.nan)
     n_positions = np.zeros((len(episodes), len(rows)), np.int64)
     images: list[dict[str, object]] = []
     patches: list[tuple[int, int, int, np.ndarray]] = []
@@ -141,8 +141,11 @@ def synthetic_result(
             "mass": (("episode", "row", "layer", "head", "segment"), mass),
             "contribution": (("episode", "row", "layer", "head", "segment"), contribution),
             "n_tokens": (("episode", "segment"), n_tokens),
-            "n_visible": (("episode", "row", "segment"), n_visible),
-            "visible_share": (("episode", "row", "segment"), n_visible / np.nansum(n_visible, -1, keepdims=True)),
+            "n_visible": (("episode", "row", "layer", "segment"), n_visible),
+            "visible_share": (
+                ("episode", "row", "layer", "segment"),
+                n_visible / np.nansum(n_visible, -1, keepdims=True),
+            ),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), rng.uniform(0, 1e-6, (n, layers))),
             "correct": ("episode", correct),

@@ -148,7 +148,7 @@ def test_mass_by_demonstration_counts_only_episodes_with_such_demonstrations():
     np.testing.assert_allclose(visual.y + visual.error_y.array, visual.customdata[:, 2])
     assert "n is 2 to 5" in words(figure)
     uniform = next(trace for trace in figure.data if trace.mode == "lines")
-    seen = result["n_visible"].sel(row="answer")
+    seen = result["n_visible"].sel(row="answer", layer=0)
     share = seen.sel(segment="demo1/image") / seen.sum("segment")
     assert uniform.y[1] == pytest.approx(share.isel(episode=[0, 1, 4]).mean().item())
 

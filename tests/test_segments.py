@@ -77,8 +77,8 @@ def test_density_and_mass_per_token(result):
 
 def test_uniform_attention_has_lift_one(result):
     uniform = result["n_visible"] / result["n_visible"].sum("segment")
-    mass = uniform.where(result["n_tokens"] > 0).expand_dims(layer=4, head=3).transpose(*result["mass"].dims)
-    flat = result.assign(mass=mass.assign_coords(layer=result["layer"], head=result["head"]))
+    mass = uniform.where(result["n_tokens"] > 0).expand_dims(head=3).transpose(*result["mass"].dims)
+    flat = result.assign(mass=mass.assign_coords(head=result["head"]))
     lift = segments.lift(flat)
     seen = flat["n_visible"].sel(row="answer") > 0
     np.testing.assert_allclose(lift.sel(row="answer").where(seen, 1), 1)

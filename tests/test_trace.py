@@ -192,8 +192,8 @@ def test_generation_is_greedy_whatever_the_checkpoint_says(model):
         single = model.batch([encoding], with_answer=False)
         ids = single.inputs["input_ids"]
         for _ in range(6):
-            extra = model.family.token_inputs(model.config, ids)
-            inputs = {**single.inputs, **extra, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs = {**single.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs |= model.family.finish(model, dataclasses.replace(single, inputs=inputs))
             with torch.no_grad():
                 best = model.module(**inputs, use_cache=False).logits[:, -1].argmax(-1)
             ids = torch.cat([ids, best[:, None]], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -25,16 +25,20 @@ UNITS = {
     "patch_mass": "probability",
     "contribution": "norm in the residual stream",
     "residual": "relative",
+    "cross_mass": "probability",
+    "cross_contribution": "norm in the residual stream",
+    "cross_residual": "relative",
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to record: which rows, layers and segments."""
+    """What to record: which rows, layers and segments, and which layers of cross-attention to images."""
 
     rows: Rows
     layers: list[int]
     segments: list[Segment]
+    cross_layers: list[int] = field(default_factory=list)
 
     @property
     def shots(self) -> int:
@@ -57,20 +61,22 @@ class Plan:
             *(encoding.token_map.where("answer", i).tolist() for i in demonstrations),
         ]
 
+    def sees_images(self, encoding: Encoding) -> list[bool]:
+        """For every row label, whether all of its positions stand behind an image that they could look at."""
+        markers = np.flatnonzero(encoding.token_map.image >= 0)
+        return [bool(group and len(markers) and min(group) >= markers[0]) for group in self.positions(encoding)]
+
+    def count_vision(self, encoding: Encoding) -> NDArray[np.int64]:
+        """How many keys on the vision axis each segment holds."""
+        if encoding.vision_map is None:
+            return np.zeros(len(self.segments), np.int64)
+        index = encoding.vision_map.segment_index(self.segments)
+        return np.bincount(index[index >= 0], minlength=len(self.segments))
+
     def count(self, encoding: Encoding, stop: int) -> NDArray[np.int64]:
         """How many of the first ``stop`` positions each segment holds."""
         index = encoding.token_map.segment_index(self.segments)[:stop]
         return np.bincount(index, minlength=len(self.segments))
-
-    def visible(self, encoding: Encoding, positions: list[int]) -> NDArray[np.float64]:
-        """Keys of each segment that causal rows at ``positions`` can see, and their share of all that is visible.
-
-        ``[2, segment]``, means over the positions. The mean of the shares is the mass under uniform attention.
-        """
-        if not positions:
-            return np.full((2, len(self.segments)), np.nan)
-        counts = np.array([self.count(encoding, position + 1) for position in positions], dtype=float)
-        return np.stack([counts.mean(0), (counts / counts.sum(1, keepdims=True)).mean(0)])
 
 
 def label(
@@ -89,7 +95,8 @@ def label(
     plan
         What was recorded.
     values
-        ``mass`` and ``contribution`` ``[episode, layer, row, head, segment]``, ``residual`` ``[episode, layer]``.
+        ``mass`` and ``contribution`` ``[episode, layer, row, head, segment]``, ``n_visible`` and ``visible_share``
+        ``[episode, layer, row, segment]``, ``residual`` ``[episode, layer]``.
     answers
         The model's own.
 
@@ -101,11 +108,10 @@ def label(
     n_tokens = np.stack([plan.count(encoding, len(encoding)) for encoding in encodings])
     positions = [plan.positions(encoding) for encoding in encodings]
     n_positions = np.array([[len(group) for group in rows] for rows in positions])
-    visible = np.array(
-        [[plan.visible(encoding, group) for group in rows] for encoding, rows in zip(encodings, positions, strict=True)]
-    )
-    there = (n_tokens > 0)[:, None, None, None, :] & (n_positions > 0)[:, :, None, None, None]
+    given = (n_positions > 0)[:, :, None, None]
+    there = (n_tokens > 0)[:, None, None, None, :] & given[..., None]
     dims = ("episode", "row", "layer", "head", "segment")
+    seen = {name: np.where(given, values[name].swapaxes(1, 2), np.nan) for name in ("n_visible", "visible_share")}
 
     def text(words: list[str]) -> xr.Variable:
         return xr.Variable("episode", np.array(words, dtype=str))
@@ -115,8 +121,8 @@ def label(
             "mass": (dims, np.where(there, values["mass"].swapaxes(1, 2), np.float32(np.nan))),
             "contribution": (dims, np.where(there, values["contribution"].swapaxes(1, 2), np.float32(np.nan))),
             "n_tokens": (("episode", "segment"), n_tokens),
-            "n_visible": (("episode", "row", "segment"), visible[:, :, 0]),
-            "visible_share": (("episode", "row", "segment"), visible[:, :, 1]),
+            "n_visible": (("episode", "row", "layer", "segment"), seen["n_visible"]),
+            "visible_share": (("episode", "row", "layer", "segment"), seen["visible_share"]),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), values["residual"]),
             "correct": (
@@ -142,6 +148,58 @@ def label(
             "demonstration": ("segment", [segment.demonstration for segment in plan.segments]),
         },
     )
+
+
+def label_cross(
+    encodings: Sequence[Encoding],
+    plan: Plan,
+    values: dict[str, NDArray[np.float32]] | None,
+    gates: list[float],
+    n_heads: int,
+) -> xr.Dataset:
+    """Name what the rows of one batch read of the images through cross-attention.
+
+    Parameters
+    ----------
+    encodings, plan
+        As in :func:`label`.
+    values
+        As in :func:`label`, of cross-attention; ``None`` if no episode of the batch has an image.
+    gates
+        Of each layer, the mean size of the factor on what its cross-attention writes.
+    n_heads
+        Heads in each layer.
+
+    Returns
+    -------
+    xarray.Dataset
+        NaN where an episode lacks an image, or a row can see none.
+    """
+    n_tokens = np.stack([plan.count_vision(encoding) for encoding in encodings])
+    sees: NDArray[np.bool_] = np.array([plan.sees_images(encoding) for encoding in encodings])
+    if values is None:  # then nothing is there, whatever the numbers
+        shape = (len(encodings), len(plan.cross_layers), len(plan.row_labels), n_heads, len(plan.segments))
+        nothing = np.full(shape, np.nan, np.float32)
+        values = {name: nothing for name in ("mass", "contribution")}
+        values |= {name: np.asarray(nothing[:, :, :, 0]) for name in ("n_visible", "visible_share")}
+        values |= {"residual": np.zeros(shape[:2], np.float32)}
+    known = xr.DataArray(sees, dims=("episode", "row")) & xr.DataArray(n_tokens > 0, dims=("episode", "segment"))
+
+    def named(name: str, *dims: str) -> xr.DataArray:
+        return xr.DataArray(values[name], dims=("episode", "cross_layer", "row", *dims, "segment")).where(known)
+
+    residual = np.where(sees.any(axis=1, keepdims=True), values["residual"], np.float32(0))
+    return xr.Dataset(
+        {
+            "cross_mass": named("mass", "head"),
+            "cross_contribution": named("contribution", "head"),
+            "cross_n_visible": named("n_visible"),
+            "cross_visible_share": named("visible_share"),
+            "cross_n_tokens": (("episode", "segment"), n_tokens),
+            "cross_residual": (("episode", "cross_layer"), residual),
+        },
+        coords={"cross_layer": plan.cross_layers, "cross_gate": ("cross_layer", gates)},
+    ).transpose("episode", "row", "cross_layer", "head", "segment", missing_dims="ignore")
 
 
 def _scale(encoding: Encoding) -> float:

@@ -10,18 +10,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError, did_you_mean
-from probe.experiments.attention_dataset import Plan, Rows, join, label, label_images, label_tokens
+from probe.experiments.attention_dataset import (
+    Plan,
+    Rows,
+    join,
+    label,
+    label_cross,
+    label_images,
+    label_tokens,
+)
 from probe.measures import mass as measure
 from probe.models.encoding import Batch
 from probe.models.model import Model
-from probe.models.token_map import segments_for
+from probe.models.token_map import TokenMap, segments_for
 from probe.trace.generate import generate
 from probe.trace.read import LayerValues, Reducer, read
 
@@ -91,7 +101,12 @@ def attention_map(
         raise UsageError(f"A batch and an answer hold at least one; asked for {batch_size} and {max_new_tokens}.")
     if len({episode.id for episode in episodes}) != len(episodes):
         raise UsageError("Two episodes have the same id; results could not be told apart.")
-    plan = Plan(rows, model.choose_layers(layers), segments_for(max(e.shots for e in episodes)))
+    plan = Plan(
+        rows,
+        model.choose_layers(layers),
+        segments_for(max(e.shots for e in episodes)),
+        cross_layers=model.choose_layers(layers, "vision"),
+    )
     unknown, words = check_words(model, episodes)
     if max_new_tokens is None:
         answers = sorted({answer for episode in episodes for answer in episode.query.answers})
@@ -186,8 +201,41 @@ class BatchRows:
         return values.gather(1, index).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What the keys of a batch are, on one axis: one-hot segments ``[batch, key, segment]``, zero on padding."""
+
+    segments: Tensor
+
+    @classmethod
+    def of_text(cls, batch: Batch, plan: Plan) -> Keys:
+        """The positions of the prompts."""
+        return cls._of([e.token_map for e in batch.encodings], batch.pads, batch.length, batch, plan)
+
+    @classmethod
+    def of_vision(cls, batch: Batch, plan: Plan) -> Keys | None:
+        """The images' tokens, where the text reads them through cross-attention."""
+        maps = [e.vision_map for e in batch.encodings if e.vision_map is not None]
+        length = max((len(m) for m in maps), default=0)
+        return cls._of(maps, [0] * len(maps), length, batch, plan) if length else None
+
+    @classmethod
+    def _of(cls, maps: Sequence[TokenMap], pads: Sequence[int], length: int, batch: Batch, plan: Plan) -> Keys:
+        index = torch.full((len(maps), length), -1)
+        for row, token_map, pad in zip(index, maps, pads, strict=True):
+            row[pad : pad + len(token_map)] = torch.from_numpy(token_map.segment_index(plan.segments))
+        device = batch.inputs["input_ids"].device
+        return cls(measure.one_hot_segments(index, len(plan.segments)).to(device))
+
+
 def make_reducer(
-    model: Model, rows: BatchRows, segments: Tensor, *, all_rows: bool = False, n_overlay: int = 0
+    model: Model,
+    rows: BatchRows,
+    keys: Keys,
+    vision: Keys | None = None,
+    *,
+    all_rows: bool = False,
+    n_overlay: int = 0,
 ) -> Reducer:
     """What is kept of each layer.
 
@@ -197,8 +245,8 @@ def make_reducer(
         Whose output projections carry the contributions.
     rows
         The rows to read.
-    segments
-        ``[batch, position, segment]``, one-hot; zero on padding.
+    keys, vision
+        What the keys are on the axis of the text, and on that of the images.
     all_rows
         Whether to add the mass of every position.
     n_overlay
@@ -208,25 +256,33 @@ def make_reducer(
     -------
     Reducer
         For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``,
-        ``residual`` ``[batch]``, ``first_row`` ``[n_overlay, head, position]``, ``token_mass``
-        ``[batch, head, position, segment]``.
+        ``n_visible`` and ``visible_share`` ``[batch, row, segment]``, ``residual`` ``[batch]``, ``first_row``
+        ``[n_overlay, head, key]``, ``token_mass`` ``[batch, head, position, segment]``.
     """
 
     def reduce(values: LayerValues) -> dict[str, Tensor]:
         at, heads = values.attention, values.heads
         assert at is not None and heads is not None  # a reducer for both sites
+        on_axis = keys if at.axis == "text" else vision
+        assert on_axis is not None  # cross-attention runs only where there are images
+        segments = on_axis.segments
         attention = measure.row_attention(at.q, at.k, at.mask, at.scale, at.causal, rows.positions)
+        visible = measure.row_visibility(at.mask, at.causal, rows.positions, at.q.shape[2], at.k.shape[2])
+        counts = visible.float() @ segments
         outputs = measure.segment_outputs(attention, at.v, segments)
-        factors = measure.output_factors(model.output_weight(values.layer), model.n_heads)
+        factors = measure.output_factors(model.output_weight(values.layer, at.axis), model.n_heads)
         off = measure.residual(outputs.sum(3), rows.pick(heads))
         reduced = {
             "mass": rows.average(measure.segment_mass(attention, segments)),
             "contribution": rows.average(measure.contribution(outputs, factors)),
+            "n_visible": rows.average(counts[:, None])[:, :, 0],
+            "visible_share": rows.average((counts / counts.sum(-1, keepdim=True))[:, None])[:, :, 0],
             "residual": off.masked_fill(rows.unused[:, None], 0).amax((1, 2)),
-            "first_row": attention[:n_overlay, :, 0],
         }
-        if all_rows:
-            reduced["token_mass"] = measure.all_rows_mass(at.q, at.k, segments, at.mask, at.scale, at.causal)
+        if at.axis == "text":
+            reduced["first_row"] = attention[:n_overlay, :, 0]
+            if all_rows:
+                reduced["token_mass"] = measure.all_rows_mass(at.q, at.k, segments, at.mask, at.scale, at.causal)
         return reduced
 
     return reduce
@@ -241,19 +297,17 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
         if number < n_overlay:  # the rest need not stay in memory
             pictures.append(images)
     batch = model.batch(encodings)
-    index = torch.full((len(batch), batch.length), -1)
-    for b, encoding in enumerate(encodings):
-        index[b, batch.pads[b] :] = torch.from_numpy(encoding.token_map.segment_index(plan.segments))
-    segments = measure.one_hot_segments(index, len(plan.segments)).to(model.device)
     all_rows = plan.rows == "all"
-    reduce = make_reducer(model, BatchRows.of(batch, plan), segments, all_rows=all_rows, n_overlay=n_overlay)
-    reading = read(model, batch, ("attention", "heads"), reduce, layers=plan.layers)
-    values = {
-        name: torch.stack([reading.layers[layer][name] for layer in plan.layers], 1).numpy()
-        for name in reading.layers[plan.layers[0]]
-    }
+    keys, vision = Keys.of_text(batch, plan), Keys.of_vision(batch, plan)
+    reduce = make_reducer(model, BatchRows.of(batch, plan), keys, vision, all_rows=all_rows, n_overlay=n_overlay)
+    reading = read(model, batch, ("attention", "heads"), reduce, layers=[*plan.layers, *plan.cross_layers])
+    values = _stack(reading.layers, plan.layers)
     answers = generate(model, model.batch(encodings, with_answer=False), max_new_tokens=max_new_tokens)
     dataset = label(episodes, encodings, plan, values, answers)
+    if plan.cross_layers:
+        gates = [float(model.gate(layer).abs().mean()) for layer in plan.cross_layers]
+        cross = _stack(reading.cross, plan.cross_layers) if reading.cross else None
+        dataset = dataset.merge(label_cross(encodings, plan, cross, gates, model.n_heads))
     _check_residual(model, dataset)
     if all_rows:
         tokens = label_tokens(encodings, batch.pads, plan, values["token_mass"])
@@ -264,17 +318,25 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
     return dataset
 
 
+def _stack(by_layer: dict[int, dict[str, Tensor]], layers: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    """The layers' values as arrays with a layer axis after the episode's."""
+    names = by_layer[layers[0]]
+    return {name: torch.stack([by_layer[layer][name] for layer in layers], 1).numpy() for name in names}
+
+
 def _check_residual(model: Model, dataset: xr.Dataset) -> None:
     """Rule: what was recorded must give back what the model computed."""
-    off, bound = dataset["residual"], RESIDUAL_BOUND[model.dtype]
-    if not bool((off <= bound).all()):
-        worst = off.fillna(float("inf")).argmax(("episode", "layer"))
-        place = off.isel(worst)
+    bound = RESIDUAL_BOUND[model.dtype]
+    for name, layers in (("residual", "layer"), ("cross_residual", "cross_layer")):
+        if name not in dataset or bool((dataset[name] <= bound).all()):
+            continue
+        off = dataset[name]
+        place = off.isel(off.fillna(float("inf")).argmax(("episode", layers)))
         raise ProbeError(
             f"The heads' outputs cannot be rebuilt from the recorded attention: episode {place['episode'].item()}, "
-            f"layer {place['layer'].item()} is off by {place.item():.2g} of its size, more than {bound:g} for "
-            f"{model.dtype}. The numbers would not describe what the model computed; please report the model and the "
-            "versions in use."
+            f"{layers.replace('_', ' ')} {place[layers].item()} is off by {place.item():.2g} of its size, more than "
+            f"{bound:g} for {model.dtype}. The numbers would not describe what the model computed; please report the "
+            "model and the versions in use."
         )
 
 
@@ -303,6 +365,7 @@ def _attributes(
         "model_family": model.family.name,
         "dtype": dtype,
         "attn_implementation": model.attention_implementation,
+        "prompt": model.prompt,
         "rows": plan.rows,
         "answers": "gold",
         "mass_precision": f"mass, contribution, patch_mass: float32; token_mass: {dtype} kernel",
@@ -313,6 +376,11 @@ def _attributes(
         "unknown_word_share": unknown_share,
         "images_resized": f"{n_resized} of {n_images}",
     }
+    if not model.reads_images_in_text:
+        attributes["image_mass"] = (
+            "undefined: in this family no image is a token of the text; cross_mass is the attention of its "
+            "cross-attention on images"
+        )
     if n_images:
         attributes["image_scale"] = float(result["image_scale"].mean())
     if model.caveat:

@@ -69,6 +69,36 @@ def row_attention(
     return scores.softmax(-1)
 
 
+def row_visibility(
+    mask: Bool[Tensor, "_ _ query key"] | Float[Tensor, "_ _ query key"] | None,
+    causal: bool,
+    rows: Int[Tensor, "batch row"],
+    n_queries: int,
+    n_keys: int,
+) -> Bool[Tensor, "batch row key"]:
+    """Which keys selected rows can see, by the mask that the kernel gets.
+
+    Parameters
+    ----------
+    mask, causal, rows
+        As in :func:`row_attention`; a mask that differs between heads counts as its first head's.
+    n_queries, n_keys
+        Of the attention call.
+
+    Returns
+    -------
+    Tensor
+        True is visible.
+    """
+    keys = torch.arange(n_keys, device=rows.device)
+    if mask is None:
+        last = rows[..., None] + n_keys - n_queries
+        return keys <= last if causal else torch.ones_like(keys <= last)
+    full = mask[:, 0].expand(len(rows), n_queries, n_keys)
+    part = full.gather(1, rows[..., None].expand(*rows.shape, n_keys))
+    return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+
+
 def one_hot_segments(index: Int[Tensor, "batch key"], n_segments: int) -> Float[Tensor, "batch key segment"]:
     """Indicators of the segments; an index of -1 (padding) belongs to none."""
     return F.one_hot(index + 1, n_segments + 1)[..., 1:].float()

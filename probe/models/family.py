@@ -1,10 +1,14 @@
-"""The contract of a model family: what really differs between families, and nothing else."""
+"""The contract of a model family: what really differs between families, and nothing else.
+
+A family is a table entry, one for each kind of checkpoint, in a small file of :mod:`probe.models.families`. Everything
+else is generic: loading (:mod:`probe.models.load`), prompts and token maps (:mod:`probe.models.prompt`,
+:mod:`probe.models.encoding`), the attention modules (:mod:`probe.models.sites`) and the measures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +16,25 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from probe.models.encoding import ImageTokens
+    from probe.models.encoding import Batch, ImageTokens
+    from probe.models.model import Model
+
+Images = tuple[dict[str, "Tensor"], list["ImageTokens"]]
+
+
+def no_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """For families whose inputs are ids, mask and images."""
+    return {}
+
+
+def as_written(text: str, before: str, after: str) -> str:
+    """For families that write an image alike wherever it stands."""
+    return text
+
+
+def config_image_token(config: Any) -> int:
+    """The id of the tokens that stand for an image's features, where the configuration says it."""
+    return int(config.image_token_id)
 
 
 @dataclass(frozen=True)
@@ -25,28 +47,52 @@ class Family:
         As people write it.
     model_type
         ``model_type`` in the checkpoint's ``config.json``.
+    special
+        What is special about it, in a sentence for the list of families.
+    module_class
+        The model's class in ``transformers``.
+    image_processor_class
+        Module and class of its image processor on PIL, below ``transformers.models``: no torchvision, and the same
+        pixel values whether torchvision is installed or not.
     placeholder
-        What the chat template writes for one image.
-    load_module
-        ``(directory, **options) -> (module, loading report)``.
-    load_image_processor
-        ``directory -> image processor``, without torchvision.
+        What a prompt says for one image before it is expanded.
     process_images
-        ``(image processor, images) -> (inputs, tokens of each image)``.
-    token_inputs
-        ``(config, padded token ids) -> inputs`` that follow from the ids.
+        ``(model, the episode's images) -> (inputs, tokens of each image)``.
+    image_token
+        ``config -> id`` of the tokens whose embeddings are replaced by an image's features; ``None`` in families whose
+        text reads images through cross-attention.
+    finish
+        ``(model, padded batch) -> inputs`` that follow from the padded token ids.
+    beside
+        ``(text of an image, before, after) -> text``: what becomes of it beside its neighbours in the prompt, where
+        ``before`` and ``after`` are the prompt around its placeholder.
+    by_episode
+        Whether the first dimension of the image inputs is the episode, not the image or patch.
+    like_images
+        Whether all episodes of a batch must have equally many images, because the model reads padding images too.
     adjacent_images
         Whether two images may follow each other without a token between them.
+    gate
+        In families with cross-attention: ``block -> factor`` on what its attention writes.
+    prompt
+        Name of the prompt format (:mod:`probe.models.formats`) for checkpoints without a chat template.
     aliases
         Short names of its checkpoints: the repository of each, ``owner/name`` or ``owner/name@revision``.
     """
 
     name: str
     model_type: str
+    special: str
+    module_class: str
+    image_processor_class: str
     placeholder: str
-    load_module: Callable[..., tuple[torch.nn.Module, dict[str, Any]]]
-    load_image_processor: Callable[[Path], Any]
-    process_images: Callable[[Any, list[Image.Image]], tuple[dict[str, Tensor], list[ImageTokens]]]
-    token_inputs: Callable[[Any, Tensor], dict[str, Tensor]]
+    process_images: Callable[[Model, list[Image.Image]], Images]
+    image_token: Callable[[Any], int] | None = config_image_token
+    finish: Callable[[Model, Batch], dict[str, Tensor]] = no_inputs
+    beside: Callable[[str, str, str], str] = as_written
+    by_episode: bool = False
+    like_images: bool = False
     adjacent_images: bool = True
+    gate: Callable[[torch.nn.Module], Tensor] | None = None
+    prompt: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,12 @@ from typing import Any, cast
 import torch
 
 from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.models.families import FAMILIES
+from probe.models.family import Family
 from probe.models.fingerprint import of_directory, of_module
+from probe.models.formats import FORMATS, template_of
 from probe.models.model import Model
-from probe.models.names import BUNDLED, FAMILIES, Located, locate
+from probe.models.names import BUNDLED, Located, locate
 
 CAVEAT = (
     "Drawn on the bundled toy model, part of whose circuits were seeded in training: it shows that the tool works, and "
@@ -26,6 +30,7 @@ def load(
     processor: Any = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    prompt: str | None = None,
 ) -> Model:
     """Load a model.
 
@@ -43,6 +48,9 @@ def load(
         own. A module in memory is left as it is.
     device
         Default: the first CUDA device if there is one, else the CPU. A module in memory stays where it is.
+    prompt
+        How demonstrations are laid out: one of :data:`probe.models.formats.FORMATS`, or a file with a chat template.
+        Default: the checkpoint's chat template; where it has none, its family's format for base models.
 
     Returns
     -------
@@ -59,18 +67,20 @@ def load(
     if isinstance(name, torch.nn.Module):
         if dtype is not None or device is not None:
             raise UsageError("A module in memory keeps its dtype and device; convert it before you load it.")
-        return _from_module(name, processor)
+        return _from_module(name, processor, prompt)
     if processor is not None:
         raise UsageError("A processor goes with a module in memory; a directory brings its own.")
-    return _from_directory(name if isinstance(name, Located) else locate(name), dtype, device)
+    return _from_directory(name if isinstance(name, Located) else locate(name), dtype, device, prompt)
 
 
-def _from_directory(located: Located, dtype: str | torch.dtype | None, device: Any) -> Model:
+def _from_directory(
+    located: Located, dtype: str | torch.dtype | None, device: str | torch.device | None, prompt: str | None
+) -> Model:
     directory, family = located.directory, located.family
     number, chosen = placement(dtype, device)
     try:
-        module, report = family.load_module(directory, dtype=number, attn_implementation="sdpa")
-        image_processor = family.load_image_processor(directory)
+        module, report = _load_module(directory, family, number)
+        image_processor = image_processor_class(family).from_pretrained(directory, local_files_only=True)
         tokenizer = _load_tokenizer(directory)
         template = _chat_template(directory, tokenizer)
     except ProbeError:
@@ -85,6 +95,7 @@ def _from_directory(located: Located, dtype: str | torch.dtype | None, device: A
             f"The checkpoint in {directory} has {kind.replace('_', ' ')} ({len(keys)}, such as {keys[0]}); it would be "
             "filled with random weights. Complete the checkpoint."
         )
+    template, how = choose_template(template, family, prompt, str(directory))
     fingerprint = of_directory(directory)
     model = Model(
         name=located.name,
@@ -95,13 +106,14 @@ def _from_directory(located: Located, dtype: str | torch.dtype | None, device: A
         family=family,
         fingerprint=fingerprint,
         origin=located.origin,
+        prompt=how,
         caveat=CAVEAT if fingerprint in {of_directory(path) for path in BUNDLED.values() if path.is_dir()} else "",
     )
     _check(model)
     return model
 
 
-def _from_module(module: torch.nn.Module, processor: Any) -> Model:
+def _from_module(module: torch.nn.Module, processor: Any, prompt: str | None) -> Model:
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise UsageError(
@@ -112,9 +124,8 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
     if None in parts:
         raise UsageError("A module in memory needs processor=, an object with a tokenizer and an image_processor.")
     tokenizer, image_processor = parts
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise UsageError("Neither the processor nor its tokenizer has a chat_template; set one.")
+    own = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    template, how = choose_template(own, FAMILIES[kind], prompt, "the processor")
     model = Model(
         name=type(module).__name__,
         module=module.eval(),
@@ -123,6 +134,7 @@ def _from_module(module: torch.nn.Module, processor: Any) -> Model:
         chat_template=template,
         family=FAMILIES[kind],
         fingerprint=of_module(module, str(template), image_processor),
+        prompt=how,
     )
     _check(model)
     if model.attention_implementation not in KERNELS:
@@ -137,11 +149,6 @@ def _check(model: Model) -> None:
     """Refuse what would make every episode fail, or numbers mean something else."""
     if model.tokenizer.pad_token_id is None:
         raise ProbeError(f"The tokenizer of {model.name} has no padding token; set `pad_token` in its configuration.")
-    if "sliding_attention" in (getattr(model.text_config, "layer_types", None) or ()):
-        raise UsageError(
-            f"{model.name} has layers with sliding windows, in which different keys are visible in different layers; "
-            "they cannot be measured yet. Set use_sliding_window to false if the checkpoint was trained without."
-        )
 
 
 def placement(
@@ -186,16 +193,65 @@ def _load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _chat_template(directory: Path, tokenizer: Any) -> str:
-    """The chat template, wherever this generation of checkpoints keeps it."""
+def _chat_template(directory: Path, tokenizer: Any) -> str | None:
+    """The chat template, wherever this generation of checkpoints keeps it; ``None`` if there is none."""
     jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
     if jinja.exists():
         return jinja.read_text(encoding="utf-8")
     if old.exists():
         return cast(str, json.loads(old.read_text(encoding="utf-8"))["chat_template"])
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
+    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+
+
+def choose_template(own: str | None, family: Family, prompt: str | None, where: str) -> tuple[str, str]:
+    """The template that lays out demonstrations, and its name for results.
+
+    Parameters
+    ----------
+    own
+        The checkpoint's chat template, if it has one.
+    family
+        Whose format for base models is taken if there is no other.
+    prompt
+        What the user asked for: a format's name or a file.
+    where
+        Where a chat template was looked for.
+    """
+    if prompt in FORMATS:
+        return template_of(prompt, family.placeholder), prompt
+    if prompt is not None:
+        path = Path(prompt).expanduser()
+        if not path.is_file():
+            raise UsageError(
+                f"There is no prompt format and no file {prompt!r}; {did_you_mean(prompt, tuple(FORMATS))}"
+            )
+        return path.read_text(encoding="utf-8"), path.name
+    if own:
+        return own, "chat template"
+    if family.prompt:
+        return template_of(family.prompt, family.placeholder), family.prompt
     raise ProbeError(
-        f"{directory} holds no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-        "tokenizer_config.json), so that demonstrations cannot be laid out."
+        f"{where} holds no chat template (chat_template.jinja, chat_template.json, or chat_template in "
+        f"tokenizer_config.json). Choose a prompt format ({', '.join(FORMATS)}) or give a template of your own "
+        "(--prompt)."
     )
+
+
+def image_processor_class(family: Family) -> Any:
+    """The family's image processor on PIL."""
+    module, _, name = family.image_processor_class.rpartition(".")
+    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+
+
+def _load_module(directory: Path, family: Family, dtype: torch.dtype | str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model and transformers' report on its weights."""
+    loaded: Any = getattr(importlib.import_module("transformers"), family.module_class).from_pretrained(
+        directory,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype=dtype,
+        attn_implementation="sdpa",
+    )
+    model, report = loaded
+    return model, report

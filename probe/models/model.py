@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError
 from probe.models.encoding import Batch, Encoding, collate, refuse_special_tokens, tokenise
 from probe.models.family import Family
-from probe.models.prompt import Message, Prompt, render_prompt
+from probe.models.prompt import Message, Prompt, expand_images, render_prompt
+from probe.models.sites import AttentionSite, Axis, decoder_of, find_sites
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +43,8 @@ class Model:
         What is special about its kind.
     fingerprint
         Identifies weights, configuration and processor files.
+    prompt
+        Where the template is from: ``chat template``, the name of a format, or that of a file.
     origin
         ``owner/name@commit`` if it is from the Hugging Face Hub, else empty.
     caveat
@@ -54,6 +58,7 @@ class Model:
     chat_template: str
     family: Family
     fingerprint: str
+    prompt: str = "chat template"
     origin: str = ""
     caveat: str = ""
 
@@ -72,12 +77,22 @@ class Model:
     @property
     def layers(self) -> list[torch.nn.Module]:
         """The decoder layers, first to last."""
-        return list(cast(Any, self.module).get_decoder().layers)
+        return list(decoder_of(self.module).layers)
 
     @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    @cached_property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """The attention modules of the text stack, in the order in which they run."""
+        return find_sites(self.module)
+
+    @property
+    def reads_images_in_text(self) -> bool:
+        """Whether images are tokens of the text; else the text reads them through cross-attention."""
+        return self.family.image_token is not None
 
     @property
     def n_heads(self) -> int:
@@ -104,20 +119,33 @@ class Model:
         """Which kernel the text stack runs: ``sdpa`` or ``eager``."""
         return str(self.text_config._attn_implementation)
 
-    def output_weight(self, layer: int) -> torch.Tensor:
-        """W_O of a layer, ``[hidden, heads * head_dim]``: head h owns columns h*head_dim to (h+1)*head_dim."""
-        return cast(torch.Tensor, cast(Any, self.layers[layer]).self_attn.o_proj.weight)
+    def output_weight(self, layer: int, axis: Axis = "text") -> torch.Tensor:
+        """What maps a layer's heads to the residual stream, ``[hidden, heads * head_dim]``; its gate is included.
 
-    def choose_layers(self, layers: Sequence[int] | None) -> list[int]:
-        """Check a choice of layers; ``None`` is all of them."""
+        Head h owns columns h*head_dim to (h+1)*head_dim.
+        """
+        site = next(site for site in self.sites if (site.axis, site.layer) == (axis, layer))
+        weight: torch.Tensor = cast(Any, self.module.get_submodule(site.attention)).o_proj.weight
+        return weight if axis == "text" else self.gate(layer).to(weight)[:, None] * weight
+
+    def gate(self, layer: int) -> torch.Tensor:
+        """The factor on what the cross-attention of a layer writes: one number, or ``[hidden]``."""
+        site = next(site for site in self.sites if (site.axis, site.layer) == ("vision", layer))
+        if self.family.gate is None:
+            return torch.ones(1)
+        return self.family.gate(self.module.get_submodule(site.block)).detach().flatten()
+
+    def choose_layers(self, layers: Sequence[int] | None, axis: Axis = "text") -> list[int]:
+        """The chosen layers that have attention on ``axis``, checked; ``None`` is all of them."""
+        there = [site.layer for site in self.sites if site.axis == axis]
         if layers is None:
-            return list(range(self.n_layers))
+            return there
         wrong = [layer for layer in layers if not 0 <= layer < self.n_layers]
         if wrong or not layers:
             raise UsageError(
                 f"{self.name} has layers 0 to {self.n_layers - 1}; asked for {', '.join(map(str, wrong)) or 'none'}."
             )
-        return sorted(set(layers))
+        return sorted(set(layers) & set(there))
 
     # ------------------------------------------------------------------------------------------------------------ text
 
@@ -184,20 +212,34 @@ class Model:
         prompt = self.render(episode)
         opened = list(images) if images is not None else open_images(episode)
         try:
-            inputs, tokens = self.family.process_images(self.image_processor, opened)
+            inputs, tokens = self.family.process_images(self, opened) if opened else ({}, [])
         except ValueError as error:  # such as a picture 200 times as wide as it is high
             raise ProbeError(
                 f"Episode {episode.id}: the image processor of {self.name} refuses an image: {error}. Sizes (width, "
                 f"height) "
                 f"are {', '.join(str(image.size) for image in opened)}; replace or crop it."
             ) from error
-        placeholder_id = self.tokenizer.convert_tokens_to_ids(self.family.placeholder)
-        return tokenise(prompt, self.tokenizer, cast(int, placeholder_id), tokens, inputs, episode.id)
+        image_token = self.family.image_token(self.config) if self.family.image_token else None
+        spelled = cast(str, self.tokenizer.convert_ids_to_tokens(image_token)) if image_token is not None else None
+        written = [image.text or (spelled or "") * len(image) for image in tokens]
+        expanded = expand_images(prompt, written, spelled, self.family.beside)
+        return tokenise(expanded, self.tokenizer, image_token, tokens, inputs, episode.id)
 
     def batch(self, encodings: Sequence[Encoding], *, with_answer: bool = True) -> Batch:
-        """Pad encodings on the left and move them to the model's device."""
+        """Pad encodings on the left and move them to the model's device.
+
+        Raises
+        ------
+        UsageError
+            If the family cannot read these episodes side by side.
+        """
+        counts = {len(encoding.images) for encoding in encodings}
+        if self.family.like_images and len(counts) > 1:
+            raise UsageError(
+                f"Episodes with {', '.join(map(str, sorted(counts)))} images cannot share a batch: {self.family.name} "
+                "reads padding images too. Read them one by one (--batch-size 1), or give all equally many images."
+            )
         pad_id = cast(int, self.tokenizer.pad_token_id)
-        batch = collate(
-            encodings, pad_id, lambda ids: self.family.token_inputs(self.config, ids), with_answer=with_answer
-        )
+        batch = collate(encodings, pad_id, with_answer=with_answer, by_episode=self.family.by_episode)
+        batch.inputs.update(self.family.finish(self, batch))
         return batch.to(self.device)

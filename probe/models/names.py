@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.models.families import ALIASES, FAMILIES
 from probe.models.family import Family
-from probe.models.qwen import QWEN2_5_VL
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_5_VL,)}
-ALIASES: Mapping[str, str] = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
 WEIGHTS = Path(__file__).parent.parent / "toy" / "weights"
 BUNDLED = {name: WEIGHTS / name for name in ("toy", "toy-no-binding")}
 """The models that are installed with probe; docs/toy.md describes them."""

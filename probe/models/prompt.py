@@ -10,7 +10,7 @@ error, not a guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,10 +147,11 @@ def _turn_starts(episode: Episode, chat: Chat, messages: list[Message], skeleton
                 "conversation goes on, so that turns have no fixed borders."
             )
         starts.append(len(before))
-    # The first turn opens as every later one does; what stands before that is the template's own (a system prompt).
+    # The first turn opens as every later one with as many images does; what stands before that is the template's own
+    # (a system prompt).
     small = [_user(Example("", (), "", ("",)), _OPEN), _assistant("a")]
-    later = chat([*small, _user(Example("", (), "", ("",)), _CLOSE)], False)
-    opening = later[len(chat(small, False)) : later.index(_CLOSE)].strip()
+    later = chat([*small, _user(episode.examples[0], _CLOSE)], False)[len(chat(small, False)) :]
+    opening = later[: min(i for i in (later.find(_CLOSE), later.find(placeholder)) if i >= 0)].strip()
     head = skeleton[: min(i for i in (skeleton.find(_OPEN), skeleton.find(placeholder)) if i >= 0)]
     if opening not in head:
         raise ProbeError(
@@ -186,3 +187,40 @@ def _fill_in(
             if match:
                 at = match.end()
     return Prompt(text, tuple(span for span in spans if span.end > span.start), shots)
+
+
+def expand_images(
+    prompt: Prompt, written: Sequence[str], image_token: str | None, beside: Callable[[str, str, str], str]
+) -> Prompt:
+    """Write every image out: in place of its placeholder, what the model reads for it.
+
+    Parameters
+    ----------
+    prompt
+        From :func:`render_prompt`.
+    written
+        For each image, the text that stands for it.
+    image_token
+        The text of the token that stands for image features, or ``None`` where there is none.
+    beside
+        As in :class:`~probe.models.family.Family`.
+
+    Returns
+    -------
+    Prompt
+        Its ``image`` spans hold image tokens only; markers around them are delimiters of the same turn.
+    """
+    features = re.compile(f"((?:{re.escape(image_token)})+)") if image_token else None
+    text, spans = "", []
+    for span in prompt.spans:
+        if span.role != "image":
+            pieces = [(prompt.text[span.start : span.end], span.role, span.image)]
+        else:
+            before, after = prompt.text[: span.start], prompt.text[span.end :]
+            whole = beside(written[span.image], before, after)
+            parts = features.split(whole) if features else [whole]
+            pieces = [(part, "image" if i % 2 else "delimiter", span.image) for i, part in enumerate(parts) if part]
+        for piece, role, image in pieces:
+            spans.append(Span(len(text), len(text) + len(piece), role, span.demonstration, image))
+            text += piece
+    return Prompt(text, tuple(spans), prompt.shots)

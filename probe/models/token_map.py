@@ -38,6 +38,8 @@ MODALITY_OF_ROLE = {
     "delimiter": "structural",
 }
 ROLES = tuple(MODALITY_OF_ROLE)
+PADDING = -1
+"""In place of a role: a key on the vision axis that stands for nothing (an unused tile)."""
 TURN_ROLES = ("image", "question", "answer", "delimiter")
 
 
@@ -79,11 +81,12 @@ class TokenMap:
     Attributes
     ----------
     role
-        ``[n]``, indices into :data:`ROLES`.
+        ``[n]``, indices into :data:`ROLES`, or :data:`PADDING`.
     demonstration
         ``[n]``, 0..k-1, :data:`QUERY` or :data:`NEITHER`.
     image
-        ``[n]``, which image of the episode in reading order, -1 where the position is none.
+        ``[n]``, which image of the episode in reading order, -1 where the position is none. Where images stand on an
+        axis of their own, the markers that stand for them in the text.
     tile
         ``[n]``, which tile of that image; 0 in families without tiles, -1 where the position is no image token.
     row, column
@@ -114,10 +117,10 @@ class TokenMap:
         return np.flatnonzero(chosen)
 
     def segment_index(self, segments: list[Segment]) -> NDArray[np.int64]:
-        """``[n]``: for every position, the index of its segment in ``segments``."""
+        """``[n]``: for every position, the index of its segment in ``segments``, -1 on padding."""
         index = {(ROLES.index(s.role), s.demonstration): i for i, s in enumerate(segments)}
         pairs = zip(self.role.tolist(), self.demonstration.tolist(), strict=True)
-        return np.array([index[pair] for pair in pairs], dtype=np.int64)
+        return np.array([-1 if pair[0] == PADDING else index[pair] for pair in pairs], dtype=np.int64)
 
     @property
     def answer(self) -> NDArray[np.intp]:

@@ -52,7 +52,7 @@ def plot_mass_by_demonstration(
     """
     chosen = list(heads or [])
     mass = mass_by_demonstration(result, row=row).transpose("modality", "demonstration", "episode", "layer", "head")
-    uniform = by_demonstration(visible_share(select_row(result, row))).mean("episode")
+    uniform = by_demonstration(visible_share(select_row(result, row))).mean(["episode", "layer"])
     panels = [("mean of all heads", mass.mean(["layer", "head"]))]
     for (layer, head), (i, j) in zip(chosen, style.head_places(result, chosen), strict=True):
         panels.append((style.head_name(layer, head), mass.isel(layer=i, head=j)))

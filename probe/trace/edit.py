@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probe.errors import UsageError
 from probe.models.encoding import Batch
+from probe.models.sites import Axis
 
 Site = Literal["attention", "heads"]
 
@@ -32,6 +33,8 @@ class Attention:
     ----------
     layer
         Index of the decoder layer.
+    axis
+        Where its keys stand: ``text``, or ``vision`` in cross-attention to images.
     q
         ``[batch, head, query, head_dim]``, after rotary embedding.
     k, v
@@ -45,6 +48,7 @@ class Attention:
     """
 
     layer: int
+    axis: Axis
     q: Tensor
     k: Tensor
     v: Tensor
@@ -77,14 +81,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace the value of ``site`` in ``layer`` by ``fn(value, context)``, which has the same shape."""
+    """Replace the value of ``site`` in ``layer`` by ``fn(value, context)``, which has the same shape.
+
+    ``axis`` chooses between the layer's attention to the text and, where there is one, its cross-attention to images.
+    """
 
     site: Literal["heads"]
     layer: int
     fn: Callable[[Tensor, Context], Tensor]
+    axis: Axis = "text"
 
 
-def zero_head(layer: int, head: int) -> Edit:
+def zero_head(layer: int, head: int, axis: Axis = "text") -> Edit:
     """Remove one head: its output is zero at every position."""
 
     def fn(value: Tensor, context: Context) -> Tensor:
@@ -94,4 +102,4 @@ def zero_head(layer: int, head: int) -> Edit:
         kept[head] = 0
         return value * kept[:, None]
 
-    return Edit("heads", layer, fn)
+    return Edit("heads", layer, fn, axis)

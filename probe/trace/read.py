@@ -19,6 +19,7 @@ from torch import Tensor
 from probe.errors import UsageError
 from probe.models.encoding import Batch
 from probe.models.model import Model
+from probe.models.sites import AttentionSite, Axis
 from probe.trace.edit import Attention, Context, Edit, Site
 
 
@@ -30,6 +31,8 @@ class LayerValues:
     ----------
     layer
         Index of the decoder layer.
+    axis
+        Where the keys stand: ``text`` or ``vision``.
     attention
         The attention call, if site ``attention`` was asked for.
     heads
@@ -40,6 +43,7 @@ class LayerValues:
     """
 
     layer: int
+    axis: Axis
     attention: Attention | None
     heads: Tensor | None
     batch: Batch
@@ -58,10 +62,13 @@ class Reading:
         ``[batch, kept positions, vocabulary]``, of the last positions.
     layers
         For each layer that was read, what the reducer returned, on the CPU.
+    cross
+        The same for cross-attention to images, in families that have it, by the layer that it belongs to.
     """
 
     logits: Tensor
     layers: dict[int, dict[str, Tensor]]
+    cross: dict[int, dict[str, Tensor]]
 
 
 # By model and not by module: a wrapper holds its module, which would then never be freed.
@@ -113,7 +120,8 @@ def read(
     sites
         Which values the reducer wants: ``attention``, ``heads``.
     reduce
-        Called once for each layer in ``layers``, in order, while the model runs.
+        Called once for each attention of the layers in ``layers``, in the order in which they run, while the model
+        runs.
     edits
         Changes to make. A layer's values are read before its own edits and after those of the layers below.
     layers
@@ -140,40 +148,50 @@ def read(
             raise UsageError(f"There is no site {edit.site!r} to edit; there is heads.")
     if bool(sites) != (reduce is not None):
         raise UsageError("Reading needs both sites and a reducer, or neither.")
+    places = {(site.axis, site.layer): site for site in model.sites}
     model.choose_layers([edit.layer for edit in edits] or None)
-    chosen = set(model.choose_layers(layers)) if sites else set()
+    for edit in edits:
+        if (edit.axis, edit.layer) not in places:
+            raise UsageError(f"Layer {edit.layer} of {model.name} has no attention to the {edit.axis}.")
+    axes: tuple[Axis, ...] = ("text", "vision") if _shows_images(batch) else ("text",)
+    chosen = {(axis, layer) for axis in axes for layer in model.choose_layers(layers, axis)} if sites else set()
     reducer = cast(Reducer, reduce)  # there is one wherever a layer was chosen: both come with sites
-    edited = {edit.layer for edit in edits}
+    edited = {(edit.axis, edit.layer) for edit in edits if edit.axis in axes}
     wrapped = _wrap(model)
-    envoys = _decoder_layers(model, wrapped)
     inputs = {**batch.inputs, "logits_to_keep": logits_to_keep, "use_cache": False}
     with torch.set_grad_enabled(gradients):
         with wrapped.trace(**inputs):
             collected = {}.save()
-            for layer in sorted(chosen | edited):
-                site = envoys[layer].self_attn
-                attention = _describe(layer, *_attention_call(site).inputs)
+            for place in [place for place in places if place in chosen | edited]:
+                site = wrapped.get(places[place].attention)
+                attention = _describe(places[place], *_attention_call(site).inputs)
                 heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
-                if layer in chosen:
-                    collected[layer] = _reduce(reducer, sites, attention, heads, batch)
-                if layer in edited:
+                if place in chosen:
+                    collected[place] = _reduce(reducer, sites, attention, heads, batch)
+                if place in edited:
                     for edit in edits:
-                        if edit.layer == layer:
-                            heads = edit.fn(heads, Context(batch, layer, attention))
+                        if (edit.axis, edit.layer) == place:
+                            heads = edit.fn(heads, Context(batch, edit.layer, attention))
                     site.o_proj.input = heads.flatten(2)
                 # The model runs on while these names hold tensors, which would add to the peak of what comes next.
                 # (nnsight keeps a trace body's names in a dictionary of its own, in which `del` has no effect.)
                 attention = heads = None  # type: ignore[assignment]
             logits = wrapped.output.logits.save()
-    return Reading(logits=logits, layers=collected)
+    text, vision = ({at: kept for (a, at), kept in collected.items() if a == axis} for axis in ("text", "vision"))
+    return Reading(logits=logits, layers=text, cross=vision)
 
 
-def _describe(layer: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
+def _shows_images(batch: Batch) -> bool:
+    """Whether cross-attention runs at all: on text alone some families skip it."""
+    return any(encoding.images for encoding in batch.encodings)
+
+
+def _describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
     """The arguments of the attention call, by name."""
     module, q, k, v, mask, *_ = arguments
     # As transformers decides it: a kernel without a mask is causal, unless it decodes a single position.
     causal = mask is None and q.shape[2] > 1 and bool(getattr(module, "is_causal", True))
-    return Attention(layer, q, k, v, mask, float(options["scaling"]), causal)
+    return Attention(site.layer, site.axis, q, k, v, mask, float(options["scaling"]), causal)
 
 
 def _reduce(
@@ -181,7 +199,11 @@ def _reduce(
 ) -> dict[str, Tensor]:
     """What the reducer makes of one layer, on the CPU and free of the tensors that it was made from."""
     values = LayerValues(
-        attention.layer, attention if "attention" in sites else None, heads if "heads" in sites else None, batch
+        attention.layer,
+        attention.axis,
+        attention if "attention" in sites else None,
+        heads if "heads" in sites else None,
+        batch,
     )
     kept = {}
     for name, value in reducer(values).items():
@@ -189,10 +211,3 @@ def _reduce(
         # A view would keep all of its storage alive until the forward ends.
         kept[name] = small.clone() if small.untyped_storage().nbytes() > small.nbytes else small
     return kept
-
-
-def _decoder_layers(model: Model, wrapped: Any) -> Any:
-    """The envoys of the decoder's layers."""
-    decoder = model.module.get_decoder()  # type: ignore[operator]
-    path = next(name for name, module in model.module.named_modules() if module is decoder)
-    return wrapped.get(path).layers if path else wrapped.layers
