@@ -236,11 +236,13 @@ def _image_variables(
     return {
         "patch_mass": (("layer", "head", "patch"), np.stack(masses, -1) if masses else np.zeros((*heads, 0))),
         "patch_image": ("patch", np.array([patch[0] for patch in patches], dtype=np.int64)),
+        "patch_tile": ("patch", np.zeros(len(patches), dtype=np.int64)),
         "patch_row": ("patch", np.array([patch[1] for patch in patches], dtype=np.int64)),
         "patch_column": ("patch", np.array([patch[2] for patch in patches], dtype=np.int64)),
         "image_episode": ("image", np.array([image["episode"] for image in images], dtype=np.int64)),
         "image_demonstration": ("image", np.array([image["demonstration"] for image in images], dtype=np.int64)),
         "image_rows": ("image", rows),
+        "image_box": (("image", "edge"), np.tile([0.0, 0.0, 1.0, 1.0], (len(images), 1))),
         "image_columns": ("image", columns),
         "thumbnail": (("image", "y", "x", "channel"), thumbnails),
         "thumbnail_height": ("image", rows * scale),

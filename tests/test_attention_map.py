@@ -331,3 +331,15 @@ def test_too_little_memory_and_impossible_images_are_sentences(monkeypatch):
     monkeypatch.setattr(experiment, "_measure", no_memory)
     with pytest.raises(ProbeError, match="batch of 2 episodes does not fit"):
         attention_map(model, EPISODES[:3], batch_size=2)
+
+
+def test_overflow_is_reported_and_not_averaged():
+    """Values beyond float16 make a head's output infinite: the command says where, whatever the other episodes give."""
+    processor = make_processor()
+    module = make_module(processor)
+    with torch.no_grad():
+        module.model.language_model.layers[1].self_attn.v_proj.bias.fill_(60000.0)
+        module.model.language_model.layers[1].self_attn.v_proj.weight.mul_(1e4)
+    model = load(module.half(), processor=processor)
+    with pytest.raises(ProbeError, match=r"layer 1: what the model computes there is not finite in torch\.float16"):
+        attention_map(model, EPISODES)

@@ -287,10 +287,10 @@ def test_another_precision_is_another_run(capsys):
 
 
 def test_a_directory_of_another_family(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     code, message = failure(capsys, "--model", str(tmp_path))
     assert code == 2
-    assert "is a 'llava' model" in message
+    assert "is a 'llama' model" in message
 
 
 def test_a_directory_with_files_of_ones_own_is_left_alone(here, capsys):

@@ -90,11 +90,18 @@ def test_a_directory_without_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "error"), [("{", ProbeError), ('{"model_type": "llava"}', UsageError), ("[]", UsageError)]
+    ("content", "error"), [("{", ProbeError), ('{"model_type": "llama"}', UsageError), ("[]", UsageError)]
 )
 def test_a_config_of_something_else(copy, content, error):
     (copy / "config.json").write_text(content)
-    with pytest.raises(error, match=r"cannot be read|is a 'llava' model|is a None model"):
+    with pytest.raises(error, match=r"cannot be read|is a 'llama' model|is a None model"):
+        load(copy)
+
+
+def test_a_config_of_a_much_larger_model_is_refused_before_it_is_built(copy):
+    """Built, it would fill the memory with random numbers first."""
+    (copy / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ProbeError, match=r"describes a model of 7,\d{3},\d{3},\d{3} parameters.*hold [\d,]+ in all"):
         load(copy)
 
 
@@ -190,13 +197,6 @@ def test_only_safetensors_are_read(copy):
 def test_devices_that_are_not_here(checkpoint, device):
     with pytest.raises(UsageError, match=device):
         load(checkpoint, device=device)
-
-
-def test_sliding_windows_are_refused():
-    processor = make_processor()
-    module = make_module(processor, use_sliding_window=True, sliding_window=16, max_window_layers=0)
-    with pytest.raises(UsageError, match="sliding windows"):
-        load(module, processor=processor)
 
 
 def test_a_tokenizer_without_padding(copy):

@@ -14,7 +14,8 @@ COMMANDS = {
     "attention-map": (
         "probe.cli.attention_map:attention_map",
         "Measure how much attention each head pays to the demonstrations' images and text.",
-    )
+    ),
+    "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }
 """For each command, where it is (imported when it is called) and the line that `probe --help` shows."""
 

@@ -91,7 +91,7 @@ def attention_map(
         located = locate(source.model)
     with reporter.step("loading the libraries"):
         from probe.models.fingerprint import of_directory
-        from probe.models.load import placement
+        from probe.models.load import placement, prompt_text
         from probe.store import key, open_run
 
         dtype, device = placement(source.dtype, source.device)
@@ -101,6 +101,7 @@ def attention_map(
             "model": source.model,
             "model_fingerprint": of_directory(located.directory),
             **source.describe(),
+            "prompt": prompt_text(source.prompt),
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
             "n_episodes": len(episodes),
@@ -143,7 +144,7 @@ def _compute(
 
     disable_progress_bar()  # transformers' own would break into ours
     with reporter.step("loading the model"):
-        model = load(located, dtype=source.dtype, device=source.device)
+        model = load(located, dtype=source.dtype, device=source.device, prompt=source.prompt)
         # What the model cannot read is refused before anything is written.
         model.choose_layers(layers)
         experiment.check_words(model, episodes)
@@ -195,7 +196,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
                 plot_mass_by_demonstration(report, heads=_first_of_each(ranked, 2)),
             )
         )
-    if "patch_mass" in result and heads:
+    if "patch_mass" in result and heads and "no_overlay" not in result.attrs:
         figures.append(
             (
                 "On the images",

@@ -39,6 +39,9 @@ class Source:
         Decides episodes and demonstrations.
     dtype
         float32, bfloat16 or float16; the default is float32 on a CPU, else the checkpoint's.
+    prompt
+        How demonstrations are laid out: live, mimic, flamingo, pair, or a file with a chat template; the default is the
+        checkpoint's chat template, or for base models the format of its family.
     device
         Such as cpu or cuda:0; the default is the first GPU, else the CPU.
     """
@@ -51,6 +54,7 @@ class Source:
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
+    prompt: str | None = None
 
     default_task: ClassVar[str] = "recognition"
 

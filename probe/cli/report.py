@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from probe.segments import QUERY
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -72,6 +74,8 @@ class Reporter:
             )
         else:
             self.out.print("No demonstrations, so no heads to rank.")
+        if "no_overlay" in result.attrs:
+            self.out.print(f"Nothing is drawn on the images: {result.attrs['no_overlay']}.", style="dim")
         if "caveat" in result.attrs:
             self.out.print(result.attrs["caveat"], style="italic yellow", markup=False)
         self.out.print(f"Picture: {picture}", soft_wrap=True, highlight=False, markup=False)
@@ -144,9 +148,24 @@ def _facts(result: xr.Dataset, *, reused: bool) -> Table:
         f"head outputs rebuilt from q, k, v to {float(result['residual'].max()):.1e} "
         f"(bound {attrs['residual_bound']:g})",
     )
+    if "cross_mass" in result:
+        table.add_row("cross-attention", escape(_cross_attention(result)))
     if reused:
         table.add_row("", "this run was finished before and is shown again")
     return table
+
+
+def _cross_attention(result: xr.Dataset) -> str:
+    """What the first answer row reads of the images where they are no tokens of the text."""
+    row = result["cross_mass"].isel(row=0).mean(("episode", "cross_layer", "head"))
+    query = float(row.where((row["role"] == "image") & (row["demonstration"] == QUERY)).sum())
+    demonstrations = float(row.where(row["demonstration"] >= 0).sum())
+    layers = ", ".join(map(str, result["cross_layer"].values.tolist()))
+    gates = result["cross_gate"].values
+    return (
+        f"layers {layers}: mass {query:.2f} on the query's images, {demonstrations:.2f} on the demonstrations'; gates "
+        f"{gates.min():.2g} to {gates.max():.2g}"
+    )
 
 
 def _table(heads: Sequence[RankedHead], what: str) -> Table:

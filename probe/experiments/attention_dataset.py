@@ -241,19 +241,22 @@ def label_images(
 
     ``first_row`` is ``[episode, layer, head, position]``.
     """
-    mass, image, row, column = [], [], [], []
+    mass, image, tile, row, column = [], [], [], [], []
     owners: list[tuple[int, int]] = []
-    grids, sizes, thumbnails = [], [], []
+    grids, boxes, sizes, thumbnails = [], [], [], []
     for b, images in enumerate(pictures):
         token_map = encodings[b].token_map
         for number, picture in enumerate(images):
             at = np.flatnonzero(token_map.image == number)
             mass.append(first_row[b][:, :, at + pads[b]])
             image.append(np.full(len(at), len(owners)))
+            tile.append(token_map.tile[at])
             row.append(token_map.row[at])
             column.append(token_map.column[at])
             owners.append((b, int(token_map.demonstration[at[0]])))
-            grids.append((int(row[-1].max()) + 1, int(column[-1].max()) + 1))  # -1 (no grid) becomes 0
+            finest = tile[-1] > 0 if (tile[-1] > 0).any() else tile[-1] == 0
+            grids.append([int(axis[-1][finest].max()) + 1 for axis in (row, column)])  # -1 (no grid) becomes 0
+            boxes.append(encodings[b].images[number].box)
             small = picture.copy()
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             sizes.append(small.size)
@@ -266,9 +269,11 @@ def label_images(
         {
             "patch_mass": (("layer", "head", "patch"), np.concatenate(mass, -1)),
             "thumbnail": (("image", "y", "x", "channel"), np.stack(thumbnails)),
+            "image_box": (("image", "edge"), np.array(boxes)),
         },
         coords={
             "patch_image": ("patch", np.concatenate(image)),
+            "patch_tile": ("patch", np.concatenate(tile)),
             "patch_row": ("patch", np.concatenate(row)),
             "patch_column": ("patch", np.concatenate(column)),
             "image_episode": ("image", [episode for episode, _ in owners]),

@@ -36,7 +36,8 @@ from probe.trace.generate import generate
 from probe.trace.read import LayerValues, Reducer, read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed."""
+"""Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed.
+Three to four times the largest that ``analyses/calibrate_dtypes.py`` finds on random models."""
 
 MAX_UNKNOWN_WORDS = 0.2
 
@@ -313,7 +314,7 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
         tokens = label_tokens(encodings, batch.pads, plan, values["token_mass"])
         _check_sums(model, tokens)
         dataset = dataset.merge(tokens)
-    if n_overlay:
+    if n_overlay and model.reads_images_in_text:
         dataset = dataset.merge(label_images(pictures, encodings, batch.pads, values["first_row"]))
     return dataset
 
@@ -332,6 +333,11 @@ def _check_residual(model: Model, dataset: xr.Dataset) -> None:
             continue
         off = dataset[name]
         place = off.isel(off.fillna(float("inf")).argmax(("episode", layers)))
+        if not np.isfinite(place.item()):
+            raise ProbeError(
+                f"Episode {place['episode'].item()}, {layers.replace('_', ' ')} {place[layers].item()}: what the model "
+                f"computes there is not finite in {model.dtype}. Use bfloat16 or float32 (--dtype)."
+            )
         raise ProbeError(
             f"The heads' outputs cannot be rebuilt from the recorded attention: episode {place['episode'].item()}, "
             f"{layers.replace('_', ' ')} {place[layers].item()} is off by {place.item():.2g} of its size, more than "
@@ -377,10 +383,13 @@ def _attributes(
         "images_resized": f"{n_resized} of {n_images}",
     }
     if not model.reads_images_in_text:
+        attributes["no_overlay"] = f"in {model.family.name} no image is a token of the text"
         attributes["image_mass"] = (
             "undefined: in this family no image is a token of the text; cross_mass is the attention of its "
             "cross-attention on images"
         )
+    elif "image_rows" in result and not bool((result["image_rows"] > 0).all()):
+        attributes["no_overlay"] = f"the image tokens of {model.family.name} have no place in a grid"
     if n_images:
         attributes["image_scale"] = float(result["image_scale"].mean())
     if model.caveat:

@@ -39,6 +39,9 @@ class ImageTokens:
         What stands in the prompt for the image; empty: its tokens and nothing else.
     structural
         ``[n]``, tokens in the image's run that show nothing of it (the ends of lines, unused tiles); default none.
+    box
+        What the grid covers, as left, upper, right and lower edge in widths and heights of the image: less than the
+        whole where it was cropped, more where it was padded.
     """
 
     tile: np.ndarray
@@ -48,6 +51,7 @@ class ImageTokens:
     original: tuple[int, int]
     text: str = ""
     structural: np.ndarray | None = None
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.row)

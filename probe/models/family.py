@@ -52,8 +52,8 @@ class Family:
     module_class
         The model's class in ``transformers``.
     image_processor_class
-        Module and class of its image processor on PIL, below ``transformers.models``: no torchvision, and the same
-        pixel values whether torchvision is installed or not.
+        Module and class of its image processor on PIL, below ``transformers.models``, for checkpoints that name none:
+        no torchvision, and the same pixel values whether torchvision is installed or not.
     placeholder
         What a prompt says for one image before it is expanded.
     process_images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,9 +81,9 @@ def _from_directory(
     number, chosen = placement(dtype, device)
     try:
         module, report = _load_module(directory, family, number)
-        image_processor = image_processor_class(family).from_pretrained(directory, local_files_only=True)
-        tokenizer = _load_tokenizer(directory)
-        template = _chat_template(directory, tokenizer)
+        image_processor = _load_image_processor(directory, family)
+        tokenizer = load_tokenizer(directory)
+        template = read_chat_template(directory, tokenizer)
     except ProbeError:
         raise
     except Exception as error:  # whatever a foreign checkpoint makes transformers raise: the user has to mend it
@@ -184,7 +185,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return known[dtype]
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer, which has to give character offsets."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -193,7 +195,7 @@ def _load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def _chat_template(directory: Path, tokenizer: Any) -> str | None:
+def read_chat_template(directory: Path, tokenizer: Any) -> str | None:
     """The chat template, wherever this generation of checkpoints keeps it; ``None`` if there is none."""
     jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
     if jinja.exists():
@@ -220,12 +222,7 @@ def choose_template(own: str | None, family: Family, prompt: str | None, where: 
     if prompt in FORMATS:
         return template_of(prompt, family.placeholder), prompt
     if prompt is not None:
-        path = Path(prompt).expanduser()
-        if not path.is_file():
-            raise UsageError(
-                f"There is no prompt format and no file {prompt!r}; {did_you_mean(prompt, tuple(FORMATS))}"
-            )
-        return path.read_text(encoding="utf-8"), path.name
+        return prompt_text(prompt), Path(prompt).name
     if own:
         return own, "chat template"
     if family.prompt:
@@ -237,15 +234,53 @@ def choose_template(own: str | None, family: Family, prompt: str | None, where: 
     )
 
 
-def image_processor_class(family: Family) -> Any:
-    """The family's image processor on PIL."""
+def prompt_text(prompt: str | None) -> str:
+    """What the user asks for by ``prompt``, in full; empty if nothing.
+
+    Raises
+    ------
+    UsageError
+        If it is neither a format nor a file of text.
+    """
+    if prompt is None or prompt in FORMATS:
+        return FORMATS.get(prompt or "", "")
+    path = Path(prompt).expanduser()
+    if not path.is_file():
+        known = did_you_mean(prompt, tuple(FORMATS))
+        raise UsageError(f"There is no prompt format and no file {prompt!r}; {known}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The prompt template {prompt} cannot be read: {error}.") from error
+
+
+def _load_image_processor(directory: Path, family: Family) -> Any:
+    """The checkpoint's own image processor, on PIL."""
     module, _, name = family.image_processor_class.rpartition(".")
-    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    default = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+    asked = _image_processor_type(directory)
+    kind = default if asked is None else getattr(importlib.import_module("transformers"), f"{asked}Pil", None)
+    if kind is None:
+        raise ProbeError(f"{directory} asks for an image processor {asked!r}, of which transformers has none on PIL.")
+    return kind.from_pretrained(directory, local_files_only=True)
+
+
+def _image_processor_type(directory: Path) -> str | None:
+    """What the checkpoint's files call its image processor, without what they say of its making."""
+    for file, place in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = directory / file
+        if path.exists():
+            said = json.loads(path.read_text(encoding="utf-8"))
+            said = said if place is None else said.get(place, {})
+            if "image_processor_type" in said:
+                return str(said["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
+    return None
 
 
 def _load_module(directory: Path, family: Family, dtype: torch.dtype | str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model and transformers' report on its weights."""
-    loaded: Any = getattr(importlib.import_module("transformers"), family.module_class).from_pretrained(
+    _check_size(directory, family)
+    model, report = module_class(family).from_pretrained(
         directory,
         output_loading_info=True,
         local_files_only=True,
@@ -253,5 +288,34 @@ def _load_module(directory: Path, family: Family, dtype: torch.dtype | str) -> t
         dtype=dtype,
         attn_implementation="sdpa",
     )
-    model, report = loaded
     return model, report
+
+
+def module_class(family: Family) -> Any:
+    """The family's class in transformers."""
+    return getattr(importlib.import_module("transformers"), family.module_class)
+
+
+def load_config(directory: Path, family: Family) -> Any:
+    """The checkpoint's configuration."""
+    return module_class(family).config_class.from_pretrained(directory, local_files_only=True)
+
+
+def _check_size(directory: Path, family: Family) -> None:
+    """Refuse a configuration of a larger model than the files hold: filled with random weights, it may fill memory."""
+    from safetensors import safe_open
+
+    config = load_config(directory, family)
+    held = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in module_class(family)(config).parameters())
+    is_packed = getattr(config, "quantization_config", None) is not None
+    if 0 < held < 0.5 * wanted and not is_packed:
+        raise ProbeError(
+            f"config.json in {directory} describes a model of {wanted:,} parameters, but its safetensors files hold "
+            f"{held:,} in all; the configuration is that of another model, or files are missing."
+        )

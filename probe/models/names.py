@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.errors import ProbeError, UsageError
 from probe.models.families import ALIASES, FAMILIES
 from probe.models.family import Family
 
@@ -50,8 +51,15 @@ class Located:
     origin: str = ""
 
 
-def locate(name: str | Path) -> Located:
+def locate(name: str | Path, *, weights: bool = True) -> Located:
     """What ``name`` means; fetched from the Hub if it is there and not on this machine yet.
+
+    Parameters
+    ----------
+    name
+        A bundled model, an alias, a directory, or a repository with or without a revision.
+    weights
+        False fetches everything but the weights.
 
     Raises
     ------
@@ -66,16 +74,18 @@ def locate(name: str | Path) -> Located:
             raise ProbeError(f"The bundled model is not installed at {BUNDLED[text]}; install probe again.")
         return Located(text, BUNDLED[text], family_of(BUNDLED[text], text))
     if text in ALIASES:
-        return _from_hub(text, ALIASES[text])
+        return _from_hub(text, ALIASES[text], weights)
     directory = Path(name).expanduser()
     if directory.is_dir():
         return Located(text, directory, family_of(directory, text))
     if isinstance(name, str) and not directory.exists() and _REPOSITORY.fullmatch(text):
-        return _from_hub(text, text)
+        return _from_hub(text, text, weights)
     what = "is a file" if directory.exists() else "is neither a known model nor a directory"
+    close = get_close_matches(text, (*BUNDLED, *ALIASES), n=1)
     raise UsageError(
-        f"{text!r} {what}; {did_you_mean(text, (*BUNDLED, *ALIASES))} Or give a repository of the Hugging Face Hub "
-        "(owner/name or owner/name@revision), or a directory that holds a checkpoint in Hugging Face layout."
+        f"{text!r} {what}; {f'did you mean {close[0]}? ' if close else ''}`probe models list` shows the names. Or give "
+        "a repository of the Hugging Face Hub (owner/name or owner/name@revision), or a directory that holds a "
+        "checkpoint in Hugging Face layout."
     )
 
 
@@ -90,14 +100,14 @@ def family_of(directory: Path, name: str) -> Family:
         raise ProbeError(f"{path} cannot be read: {error}.") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
-        known = ", ".join(f"{family.name} ({key})" for key, family in sorted(FAMILIES.items()))
+        known = ", ".join(family.name for family in FAMILIES.values())
         raise UsageError(
             f"{name} is a {kind!r} model; known families are {known}. docs/families.md says how to add one."
         )
     return FAMILIES[kind]
 
 
-def _from_hub(name: str, address: str) -> Located:
+def _from_hub(name: str, address: str, weights: bool) -> Located:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     repository, _, revision = address.partition("@")
@@ -130,8 +140,9 @@ def _from_hub(name: str, address: str) -> Located:
     try:
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
         commit, family = config.parent.name, family_of(config.parent, what)
+        left_out = UNWANTED if weights else (*UNWANTED, "*.safetensors")
         directory = snapshot_download(
-            repository, revision=commit, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            repository, revision=commit, allow_patterns=list(WANTED), ignore_patterns=list(left_out)
         )
     except (errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
         for kind, refusal, sentence in refusals:

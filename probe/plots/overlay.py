@@ -43,6 +43,8 @@ class _Panel:
 
     name: str
     picture: npt.NDArray[np.uint8]
+    box: tuple[float, ...]
+    """What the grid covers, in widths and heights of the picture: left, upper, right, lower."""
     mass: npt.NDArray[np.float64]
     off_grid: npt.NDArray[np.float64]
     """Mass on tokens of the image that have no place in its grid; shape (layer, head)."""
@@ -73,8 +75,9 @@ def stored_episodes(result: xr.Dataset) -> list[int]:
 def plot_overlay(result: xr.Dataset, *, heads: Sequence[tuple[int, int]], episode: int = 0) -> go.Figure:
     """Draw the attention of the row ``answer`` on every image of an episode: demonstrations in order, then the query.
 
-    The grid of image tokens covers the picture exactly. All images share one colour scale, from 0 to the head's largest
-    mass on one image token; what has no mass is clear. A menu changes the head.
+    The grid of image tokens lies where it covers the picture (some families crop it). Where an image is read whole and
+    in crops, the tokens of the whole are spread over the finer grid of the crops and added. All images share one colour
+    scale, from 0 to the head's largest mass on one cell; what has no mass is clear. A menu changes the head.
 
     Parameters
     ----------
@@ -165,7 +168,8 @@ def _panels(result: xr.Dataset, episode: int) -> list[_Panel]:
             name += f", image {siblings.index(image) + 1}"
         height, width = (int(result[f"thumbnail_{side}"].values[image]) for side in ("height", "width"))
         picture = result["thumbnail"].values[image, :height, :width].astype(np.uint8)
-        panels.append(_Panel(name, picture, *_grid(result, image, name)))
+        box = tuple(result["image_box"].values[image].tolist())
+        panels.append(_Panel(name, picture, box, *_grid(result, image, name)))
     return panels
 
 
@@ -182,9 +186,18 @@ def _grid(result: xr.Dataset, image: int, name: str) -> tuple[npt.NDArray[np.flo
         )
     mass = result["patch_mass"].transpose("layer", "head", "patch").values[..., patches].astype(np.float64)
     grid = np.full((*mass.shape[:2], rows, columns), np.nan)
-    for at in np.flatnonzero(placed):
-        # Two tokens may stand for one place (a view of the whole picture beside its tiles): their masses add up.
-        grid[:, :, row[at], column[at]] = np.nan_to_num(grid[:, :, row[at], column[at]]) + mass[..., at]
+    is_crop = result["patch_tile"].values[patches] > 0
+    finest = is_crop if is_crop[placed].any() else ~is_crop
+    for at in np.flatnonzero(placed & finest):
+        grid[:, :, row[at], column[at]] = mass[..., at]
+    coarse = np.flatnonzero(placed & ~finest)
+    if len(coarse):  # a view of the whole picture beside its crops: its tokens are spread over the crops' grid
+        spread = np.zeros((row[coarse].max() + 1, column[coarse].max() + 1), dtype=np.int64)
+        over = [np.arange(n) * m // n for n, m in zip((rows, columns), spread.shape, strict=True)]
+        np.add.at(spread, np.ix_(*over), 1)
+        view = np.zeros((*mass.shape[:2], *spread.shape))
+        view[:, :, row[coarse], column[coarse]] = mass[..., coarse]
+        grid = np.nan_to_num(grid) + (view / np.maximum(spread, 1))[:, :, over[0][:, None], over[1]]
     return grid, mass[..., ~placed].sum(-1)
 
 
@@ -192,12 +205,13 @@ def _draw(figure: go.Figure, panel: _Panel, number: int, columns: int, place: tu
     """Picture and heat map in pixels of the picture: x to the right, y downwards, from the upper left corner."""
     height, width = panel.picture.shape[:2]
     rows, cols = panel.mass.shape[2:]
+    left, upper, right, lower = panel.box
     where = {"row": number // columns + 1, "col": number % columns + 1}
     figure.add_trace(
         go.Heatmap(
             z=panel.mass[place],
-            x=np.linspace(0, width, cols + 1),
-            y=np.linspace(0, height, rows + 1),
+            x=np.linspace(left * width, right * width, cols + 1),
+            y=np.linspace(upper * height, lower * height, rows + 1),
             customdata=np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), axis=-1),
             coloraxis="coloraxis",
             hovertemplate=(
