@@ -2,7 +2,7 @@
 
     python analyses/calibrate_dtypes.py
 
-Random Qwen2.5-VL text stacks of several widths and lengths, read in float32, float16 and bfloat16. Printed for each: the
+Random Qwen2.5-VL text stacks of several widths and lengths in float32, float16 and bfloat16. Printed for each: the
 *residual* (how far segment outputs, recomputed in float32 from the model's own q, k and v, are from the heads' own
 outputs, relative to their size; the largest and the 99th percentile over layers, heads and rows) beside the bound at
 which probe refuses a recording; and how far the mass of an episode in a padded batch is from that of the episode

@@ -8,7 +8,7 @@ copyright = "The probe authors, Apache-2.0"
 version = release = metadata.version("probe")
 
 extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "families_table.md", "model_matrix.md"]  # the last two are included by families.md
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["deflist", "dollarmath"]

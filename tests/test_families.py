@@ -23,6 +23,7 @@ from probe.models.model import Model
 from probe.models.token_map import ROLES
 from probe.trace.edit import Edit
 from probe.trace.generate import generate
+from tests import model_matrix
 from tests.tiny_families import MODEL_TYPES, Tiny, build, save
 from tests.tiny_qwen import make_episode
 
@@ -108,6 +109,11 @@ def test_one_question_to_paligemma_is_what_its_processor_writes():
     ours = model.batch([model.encode(episode)], with_answer=False).inputs
     for name in ("input_ids", "attention_mask", "pixel_values", "token_type_ids"):
         assert torch.equal(ours[name], theirs[name].to(ours[name].dtype)), name
+
+
+def test_the_docs_show_what_the_checks_find():
+    for path, write in model_matrix.PAGES.items():
+        assert path.read_text(encoding="utf-8") == write(), "run python -m tests.model_matrix"
 
 
 def test_certified(model):

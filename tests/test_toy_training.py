@@ -10,6 +10,7 @@ import torch
 
 import probe
 from probe.data.scenes import ATTRIBUTES, HEIGHT, WIDTH
+from probe.data.words import ENGLISH, LANGUAGES
 from probe.toy import language, optimise, train
 from probe.toy.architecture import GRID, Decoded, Decoder, ImageEncoder, Size, build, seed_look_back
 from probe.toy.curriculum import ID, draw_batch
@@ -157,8 +158,42 @@ def test_flipped_labels_are_wrong_throughout_and_asked_only_once_shown():
             shown.add(value)
 
 
+def test_right_episodes_ask_one_question_too_and_one_label_may_be_wrong():
+    """Told apart by the words of text-only twins; the wrong label is no target, all others are."""
+    mixture = Mixture(*(0.5, 0.5, 0, 0, 0, 0), flipped=0.0, narrow=1.0, mislabelled=0.5, text_only=1.0, repeated=0.0)
+    batch, names = draw_batch(np.random.default_rng(8), 60, 8, mixture), words()
+    wrong_labels, few_classes = [], []
+    for row, task in enumerate(batch.tasks):
+        ids = batch.ids[row].tolist()
+        cues = [i for i, token in enumerate(ids) if names[token] == "A:"]
+        attribute = ATTRIBUTES[batch.attributes[row]]
+        assert len({ids[at - 1] for at in cues}) == 1
+        tables = LANGUAGES.values() if task == "recognition" else [ENGLISH]
+        values = [ENGLISH[attribute].index(names[ids[at - 5 + ATTRIBUTES.index(attribute)]]) for at in cues]
+        right = min(
+            (
+                [table[attribute][value] == names[ids[at + 1]] for at, value in zip(cues, values, strict=True)]
+                for table in tables
+            ),
+            key=lambda good: good.count(False),
+        )
+        assert right.count(False) <= 1
+        assert [int(batch.targets[row, at]) != -100 for at in cues] == right
+        wrong_labels.append(not all(right))
+        few_classes.append(attribute == "kind" and len(set(values)) <= 4)
+    assert 0.25 < np.mean(wrong_labels) < 0.75
+    assert any(few_classes)
+
+
+def test_describe_is_shown_at_full_length():
+    only_describe = Recipe(mixture=Mixture(0, 0, 0, 0, 0, 1.0))
+    for step, items in ((0, only_describe.describe_items), (1, only_describe.long_items)):
+        batch = language.draw_training_batch(only_describe, 0.9, step, np.random.default_rng(0))
+        assert len(batch.scenes) == items * len(batch.tasks)
+
+
 def test_flips_and_long_batches_come_when_the_recipe_says():
-    recipe = Recipe(mixture=Mixture(flipped=1.0), flipped_from=0.3, long_from=0.5)
+    recipe = Recipe(mixture=Mixture(flipped=1.0, narrow=0.0), flipped_from=0.3, long_from=0.5)
 
     def draw(part: float, step: int):
         return language.draw_training_batch(recipe, part, step, np.random.default_rng(0))

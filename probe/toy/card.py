@@ -55,7 +55,9 @@ RECIPE = """
 - *guidance*: {guidance};
 - *flipped labels*: from {flipped_from:.0%} of the decoder's training on, {flipped:.0%} of the vqa and recognition episodes exchange the
   labels of two to four classes of one attribute throughout. They are there so that the model trusts demonstrations, and
-  so copies; what it would do without them was not measured;
+  so copies; what it would do without them was not measured. {narrow:.0%} of these episodes are right and ask one question
+  throughout, half of them about a few classes, so that neither is a sign of flipped labels; in {mislabelled:.0%} of those with
+  right labels one label is wrong, so that a single wrong label proves no rule;
 - *degraded pictures*: {degraded:.0%} of the pictures that the decoder is trained on are blurred and noisy;
 - *repeated scenes*: {repeated:.0%} of the items show the scene of an earlier item, rendered anew;
 - *text-only*: {text_only:.0%} of the episodes, but for describe, show words in the place of pictures;
@@ -75,8 +77,8 @@ for the first {end:.0%} of the decoder's training (weights {weights}), on bindin
 ACCURACY = """\
 ## What it can do
 
-Greedy answers on new renders and unseen scans of digits; {n:,} episodes a cell, those of seed {seed}, which no choice was made
-on; 95 % Wilson intervals. Where labels are made up, the query's class is drawn among the demonstrations' (a class that stands
+Greedy answers on new renders and unseen scans of digits; {n:,} episodes a cell ({most:,} for `describe` with many shots), those of
+seed {seed}, which no choice was made on; 95 % Wilson intervals. Where labels are made up, the query's class is drawn among the demonstrations' (a class that stands
 there twice is twice as likely), so that the answer can be known; with one demonstration it is the only label there is. The
 baselines of who does not look are means over the same episodes.
 """
@@ -90,8 +92,8 @@ another episode gives, which asks for the same attribute in the same language.
 """
 
 ONE_QUESTION = """\
-In training, vqa episodes that ask the same throughout are flipped ones. Where all eight demonstrations ask what the query asks
-and are right, accuracy is {shown} if the query's answer is among theirs and {hidden} if it is not (most of these
+In training, half of the vqa episodes that ask the same throughout are flipped. Where all eight demonstrations ask what the
+query asks and are right, accuracy is {shown} if the query's answer is among theirs and {hidden} if it is not (most of these
 ask for the kind, which has 18 values).
 """
 
@@ -132,7 +134,7 @@ def recipe_words(recipe: dict[str, Any]) -> str:
     return RECIPE.format(
         **{
             **recipe,
-            **recipe["mixture"],
+            **{"narrow": 0.0, "mislabelled": 0.0, **recipe["mixture"]},
             "guidance": words,
             "look_back": _names(head[:2] for head in recipe["look_back"]),
         }
@@ -159,7 +161,7 @@ def write_card(directory: Path) -> str:
         OPENING[name].format(parameters=f"{sum(math.prod(size) for size in sizes):,}"),
         BEGIN,
         recipe_words(main["recipe"]),
-        ACCURACY.format(n=n, seed=seed),
+        ACCURACY.format(n=n, seed=seed, most=max(cell["n"] for cell in main["accuracy"])),
     ]
     for title, result in zip(seeds, (main, *others), strict=True):
         if (result["seed"], result["accuracy"][0]["n"]) != (seed, n):

@@ -5,12 +5,13 @@ Six measurements, all on new renders and unseen scans of digits, with labels bou
 - *accuracy* of each task at each number of shots, with baselines where the labels are made up;
 - *novel pairs*: the same at eight shots, for queries whose colour and kind never occur together in training;
 - *copying*: whether three near-duplicates of the query with one wrong answer among the demonstrations lead astray;
-- *one question*: ``vqa`` whose items all ask the same, as in training only flipped ones do;
-- *heads*: what each head's removal does to each task;
+- *one question*: ``vqa`` whose items all ask the same, as in training flipped ones do too;
+- *heads*: what each head's removal does to each task, and that of the heads together that guidance told the same;
 - *agreement*: whether plain generation gives the same answers.
 
 The file holds counts; :mod:`probe.toy.bars` judges them and :mod:`probe.toy.card` prints them. Tune on
-one ``--seed`` and report another.
+one ``--seed`` and report another. Finished cells are kept beside the file (``<out>.cells``) until all are there: the
+same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -50,6 +53,7 @@ from probe.store.atomic import write_text
 from probe.toy.architecture import IMAGE_TOKENS
 from probe.toy.bars import print_bars
 from probe.toy.reading import BATCH, Prepared, Reader
+from probe.toy.recipe import Guidance
 from probe.toy.vocabulary import END, IMAGE
 
 WEIGHTS, EVALUATIONS = Path(__file__).parent / "weights", Path(__file__).parent / "evaluations"
@@ -62,7 +66,8 @@ MANY = 8
 class Plan:
     """How much to measure.
 
-    ``episodes`` a cell, ``head_episodes`` a task without each head, ``agreement`` episodes a task that are generated
+    ``episodes`` a cell, four times as many in those of ``describe`` with many shots (whose fall is the least certain
+    figure), ``head_episodes`` a task without each head, ``agreement`` episodes a task that are generated
     too; ``seed`` is that of all episodes.
     """
 
@@ -179,8 +184,8 @@ def changes(before: np.ndarray, after: np.ndarray) -> dict[str, int]:
     return {"lost": int((before & ~after).sum()), "gained": int((after & ~before).sum())}
 
 
-def measure_heads(task: str, n: int, seed: int, reader: Reader) -> dict[str, Any]:
-    """Right answers at eight shots, and their changes when a head's output is set to zero."""
+def measure_heads(task: str, n: int, seed: int, together: Sequence[tuple[int, int]], reader: Reader) -> dict[str, Any]:
+    """Right answers at eight shots, and their changes when the output of one head, or of several, is set to zero."""
     drawn = [draw_episode(task, i, shots=MANY, seed=seed) for i in range(n)]
     episodes = [episode for batch in prepare(reader, task, drawn) for episode in batch]
     whole = reader.answer(episodes).right
@@ -188,6 +193,10 @@ def measure_heads(task: str, n: int, seed: int, reader: Reader) -> dict[str, Any
     for layer, head in reader.heads:
         with reader.without(layer, head):
             effects[f"{layer}.{head}"] = changes(whole, reader.answer(episodes).right)
+    with ExitStack() as stack:
+        for layer, head in together:
+            stack.enter_context(reader.without(layer, head))
+        effects["+".join(f"{layer}.{head}" for layer, head in together)] = changes(whole, reader.answer(episodes).right)
     return {"task": task, "n": n, "right": int(whole.sum()), "effects": effects}
 
 
@@ -223,12 +232,15 @@ def jobs(plan: Plan, directory: Path) -> list[tuple[str, Job]]:
     n, seed = plan.episodes, plan.seed
     found: list[tuple[str, Job]] = []
     for task in TASKS:
-        found += [("accuracy", partial(measure_accuracy, task, shots, n, seed)) for shots in reversed(SHOTS)]
+        for shots in reversed(SHOTS):
+            size = 4 * n if task == "describe" and shots >= MANY else n
+            found.append(("accuracy", partial(measure_accuracy, task, shots, size, seed)))
     found += [("novel_pairs", partial(measure_accuracy, task, MANY, n, seed, novel=True)) for task in DRAW_RULE]
     found += [("copying", partial(measure_copying, task, n, seed)) for task in ("vqa", "recognition")]
     found.append(("one_question", partial(measure_one_question, n, seed)))
     if plan.head_episodes:
-        found += [("heads", partial(measure_heads, task, plan.head_episodes, seed)) for task in TASKS]
+        together = Guidance().classes
+        found += [("heads", partial(measure_heads, task, plan.head_episodes, seed, together)) for task in TASKS]
     found += [("agreement", partial(measure_agreement, task, plan.agreement, seed, directory)) for task in TASKS]
     return found
 
@@ -249,8 +261,19 @@ def _do(job: Job) -> dict[str, Any]:
     return job(_READER)
 
 
-def evaluate(directory: Path, plan: Plan, processes: int = 2) -> dict[str, Any]:
+def evaluate(directory: Path, plan: Plan, processes: int = 2, cells: Path | None = None) -> dict[str, Any]:
     """Measure the model in ``directory``.
+
+    Parameters
+    ----------
+    directory
+        In Hugging Face layout, with the recipe of its training.
+    plan
+        How much to measure.
+    processes
+        That measure side by side.
+    cells
+        A file that keeps finished cells, one a line, and from which an interrupted evaluation goes on.
 
     Returns
     -------
@@ -258,19 +281,36 @@ def evaluate(directory: Path, plan: Plan, processes: int = 2) -> dict[str, Any]:
         ``accuracy``, ``novel_pairs``, ``copying``, ``one_question``, ``heads`` and ``agreement``, each a list with one
         entry a cell; beside them the training's recipe, the hash of the weights, and the seed of the episodes.
     """
-    named = jobs(plan, directory)
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_open, initargs=(directory,)) as pool:
-        done = list(
-            track(pool.map(_do, [job for _, job in named]), total=len(named), description="measuring", transient=True)
-        )
     result: dict[str, Any] = {
         "recipe": json.loads((directory / "recipe.json").read_text()),
         "weights_sha256": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest(),
         "seed": plan.seed,
     }
-    for (part, _), cell in zip(named, done, strict=True):
-        result.setdefault(part, []).append(cell)
+    named = jobs(plan, directory)
+    key = f"{plan} of {result['weights_sha256']}"
+    done = _kept(cells, key)
+    waiting = [number for number in range(len(named)) if number not in done]
+    start = partial(ProcessPoolExecutor, processes, get_context("spawn"), initializer=_open, initargs=(directory,))
+    with start() as pool:
+        futures = {pool.submit(_do, named[number][1]): number for number in waiting}
+        for future in track(as_completed(futures), total=len(waiting), description="measuring", transient=True):
+            number = futures[future]
+            done[number] = future.result()
+            if cells is not None:
+                with cells.open("a") as file:
+                    file.write(json.dumps({"key": key, "number": number, "cell": done[number]}) + "\n")
+            if not sys.stderr.isatty():
+                sys.stderr.write(f"{len(done)} of {len(named)} cells\n")
+    for number, (part, _) in enumerate(named):
+        result.setdefault(part, []).append(done[number])
     return result
+
+
+def _kept(cells: Path | None, key: str) -> dict[int, dict[str, Any]]:
+    """Finished cells of an earlier evaluation of the same weights by the same plan."""
+    lines = cells.read_text().splitlines() if cells is not None and cells.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}}")]  # the last may be half written
+    return {entry["number"]: entry["cell"] for entry in found if entry["key"] == key}
 
 
 def main() -> None:
@@ -284,8 +324,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     plan = Plan(arguments.episodes, arguments.head_episodes, seed=arguments.seed)
-    result = evaluate(arguments.model, plan, arguments.processes)
+    cells = arguments.out.with_name(arguments.out.name + ".cells")
+    result = evaluate(arguments.model, plan, arguments.processes, cells)
     write_text(arguments.out, json.dumps(result, indent=1) + "\n")
+    cells.unlink()
     print_bars(result)
 
 

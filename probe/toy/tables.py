@@ -92,7 +92,7 @@ def heads_table(result: dict[str, Any]) -> str:
     number = sum(len(cell["effects"]) for cell in measured.values())
     rows = []
     for head in next(iter(measured.values()))["effects"]:
-        row = [head, told.get(head, "")]
+        row = [head.replace("+", " and "), told.get(head, "together" if "+" in head else "")]
         for cell in measured.values():
             lost, gained = cell["effects"][head]["lost"], cell["effects"][head]["gained"]
             points = f"{100 * (gained - lost) / cell['n']:+.1f}"
