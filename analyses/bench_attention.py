@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binom
 
 from probe.experiments.attention_map import BatchRows, Keys, make_reducer
 from probe.measures.mass import one_hot_segments
 from probe.models.encoding import Batch
 from probe.models.load import load
 from probe.models.model import Model
+from probe.stats import median_interval
 from probe.trace.read import read
 
 N_SEGMENTS = 20
@@ -108,18 +108,6 @@ def make_inputs(n: int) -> dict[str, torch.Tensor]:
 def _as_model(module: torch.nn.Module) -> Model:
     nothing = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), image_processor=object(), chat_template="-")
     return load(module, processor=nothing)
-
-
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval for the median: the tightest symmetric pair of order statistics that covers it.
-
-    With fewer than six values not even the smallest and the largest do; they are what is returned.
-    """
-    ordered, n = np.sort(values), len(values)
-    lower = int(binom.ppf(0.025, n, 0.5))
-    while lower > 0 and 1 - 2 * binom.cdf(lower, n, 0.5) < 0.95:  # what the pair (lower, n - 1 - lower), from 0, covers
-        lower -= 1
-    return float(ordered[lower]), float(ordered[n - 1 - lower])
 
 
 def time_ways(n: int, rounds: int, slow_rounds: int) -> dict[str, np.ndarray]:
