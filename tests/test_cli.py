@@ -310,3 +310,31 @@ def test_help_loads_no_torch():
     assert "attention-map" in out
     assert "--shots" in out
     assert out.strip().endswith("False")
+
+
+def test_a_prompt_format_and_a_template_of_ones_own(here, capsys):
+    """Each is another run, and each result says how its demonstrations were laid out."""
+    plain = as_json(capsys, "--episodes", "2", "--shots", "1")
+    mimic = as_json(capsys, "--episodes", "2", "--shots", "1", "--prompt", "mimic")
+    own = here / "own.jinja"
+    own.write_text(
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{{ ' ; ' }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    first = as_json(capsys, "--episodes", "2", "--shots", "1", "--prompt", str(own))
+    own.write_text(own.read_text().replace(" ; ", " A: "))
+    second = as_json(capsys, "--episodes", "2", "--shots", "1", "--prompt", str(own))
+    assert [got["prompt"] for got in (plain, mimic, first, second)] == ["chat template", "mimic", *["own.jinja"] * 2]
+    assert len({got["key"] for got in (plain, mimic, first, second)}) == 4
+
+
+def test_prompts_that_cannot_be_used(here, capsys):
+    code, message = failure(capsys, "--prompt", "mimik")
+    assert code == 2
+    assert "no file 'mimik'; did you mean mimic?" in message
+    bad = here / "bad.jinja"
+    bad.write_text("{% for message in messages %}no content{% endfor %}")
+    code, message = failure(capsys, "--prompt", str(bad))
+    assert code == 1
+    assert "shows 0 of" in message

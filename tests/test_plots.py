@@ -306,3 +306,35 @@ def test_the_figure_script_reads_a_run_and_writes_a_figure(tmp_path, capsys):
     assert "tiny-vlm" in (tmp_path / "attention_map.html").read_text(encoding="utf-8")
     assert script.main([str(tmp_path), "--row", "anser"]) == 2
     assert "did you mean answer" in capsys.readouterr().err
+
+
+def test_a_view_of_the_whole_is_spread_over_the_crops():
+    """One token of a 1 x 2 view covers a 2 x 2 corner of the crops' 2 x 4 grid; the image's mass is kept."""
+    places = [(0, 0, 0), (0, 0, 1), *((1 + c // 2, r, c) for r in range(2) for c in range(4))]
+    tile, row, column = (np.array(axis) for axis in zip(*places, strict=True))
+    mass = np.array([0.4, 0.2, *[0.01] * 8])[None, None]
+    whole = synthetic_result(shots=(0,), text_only=())
+    images = whole.drop_dims(["patch", "image"]).assign(
+        patch_mass=(("layer", "head", "patch"), np.broadcast_to(mass, (4, 3, 10))),
+        thumbnail=(("image", "y", "x", "channel"), np.zeros((1, 16, 32, 3), np.uint8)),
+        image_box=(("image", "edge"), [[-0.5, 0.0, 1.5, 1.0]]),
+    )
+    result = images.assign_coords(
+        patch_image=("patch", np.zeros(10, int)),
+        patch_tile=("patch", tile),
+        patch_row=("patch", row),
+        patch_column=("patch", column),
+        image_episode=("image", [0]),
+        image_demonstration=("image", [-1]),
+        image_rows=("image", [2]),
+        image_columns=("image", [4]),
+        thumbnail_height=("image", [16]),
+        thumbnail_width=("image", [32]),
+    )
+    figure = plot_overlay(result, heads=[(0, 0)])
+    [map_] = heat_maps(figure)
+    np.testing.assert_allclose(map_.z, [[0.11, 0.11, 0.06, 0.06]] * 2)
+    assert map_.z.sum() == pytest.approx(mass.sum())
+    # padded to twice its width, half of it on either side
+    np.testing.assert_allclose(map_.x, np.linspace(-16, 48, 5))
+    assert "spread over the grid of the crops" in words(figure)

@@ -61,6 +61,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
                 _annotate_empty(figure, place, column)
         _add_heading(figure, column, group, _n(mass.sel(group=group)))
 
+    undefined = "image_mass" in result.attrs
     highest = float(np.nan_to_num(mass.mean("episode").values).max()) or 1.0
     style.finish(
         figure,
@@ -70,6 +71,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
             f"Upper maps: mass, linear from 0 to {highest:.2f}; the five columns partition the row. Lower maps: mass "
             f"relative to uniform attention, logarithmic, clipped at {CLIP[0]:g} and {CLIP[1]:g}.",
             "Means over the episodes that have such tokens; their number is in the heading. Hatched: no token to see.",
+            *(["No image is a token of this model's text: its mass on images is undefined."] if undefined else []),
         ],
         body=body,
         extra=38,

@@ -120,6 +120,7 @@ def plot_overlay(result: xr.Dataset, *, heads: Sequence[tuple[int, int]], episod
     for axis in figure.select_xaxes():
         axis.domain = [drawn * edge for edge in axis.domain]
 
+    crops = bool((result["patch_tile"] > 0).any())
     identity = str(result["episode"].values[episode])
     style.finish(
         figure,
@@ -128,6 +129,7 @@ def plot_overlay(result: xr.Dataset, *, heads: Sequence[tuple[int, int]], episod
         [
             "Row “answer”. Above each picture: the mass on all of its tokens.",
             "Colours: mass on one image token, linear from 0 to the largest, one scale for all pictures (here paled).",
+            *(["Tokens of the whole view are spread over the grid of the crops."] if crops else []),
         ],
         body=body,
         n=f"the one episode {identity} (n = 1)",
