@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from probe.data.choose import random_episodes
     from probe.data.example import Episode, Example
     from probe.data.manifest import read_manifest, write_manifest
+    from probe.data.perturb import perturb
     from probe.data.readers import read_examples
     from probe.data.tasks import synthetic_episodes
     from probe.errors import ProbeError, UsageError
     from probe.experiments.attention_map import attention_map
+    from probe.experiments.certification import certify
     from probe.experiments.ranking import rank_heads
     from probe.models.load import load
     from probe.models.model import Model
@@ -38,11 +40,13 @@ _HOMES = {
     "Example": "probe.data.example",
     "read_manifest": "probe.data.manifest",
     "write_manifest": "probe.data.manifest",
+    "perturb": "probe.data.perturb",
     "read_examples": "probe.data.readers",
     "synthetic_episodes": "probe.data.tasks",
     "ProbeError": "probe.errors",
     "UsageError": "probe.errors",
     "attention_map": "probe.experiments.attention_map",
+    "certify": "probe.experiments.certification",
     "rank_heads": "probe.experiments.ranking",
     "load": "probe.models.load",
     "Model": "probe.models.model",
@@ -64,7 +68,9 @@ __all__ = [
     "TokenMap",
     "UsageError",
     "attention_map",
+    "certify",
     "load",
+    "perturb",
     "plot_attention_map",
     "plot_mass_by_demonstration",
     "plot_overlay",
