@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from probe.data.example import Episode
 from probe.data.images import open_images
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 from probe.experiments import certification
 from probe.experiments.attention_map import attention_map
 from probe.experiments.certification import CHECKS, certify, prepare
@@ -25,7 +26,7 @@ from probe.trace.edit import Edit
 from probe.trace.generate import generate
 from tests import model_matrix
 from tests.tiny_families import MODEL_TYPES, Tiny, build, save
-from tests.tiny_qwen import make_episode
+from tests.tiny_qwen import make_episode, picture
 
 SIZES = ((84, 56), (56, 84), (40, 40), (120, 30))
 EPISODES = [
@@ -196,7 +197,7 @@ def test_cross_attention_has_its_own_axis(kind):
     assert cross.isel(segment=~images).isnull().all()
     for row, owner in (("answer", "query"), ("demo_answer_0", "demo0"), ("demo_answer_1", "demo1")):
         np.testing.assert_allclose(cross.sel(row=row, segment=f"{owner}/image"), 1, atol=1e-5)
-    assert (result["cross_gate"] - np.tanh(0.7) < 1e-6).all()
+    np.testing.assert_allclose(result["cross_gate"], np.tanh(0.7), rtol=1e-5)
     assert (result["cross_n_tokens"].isel(segment=images) > 0).all()
 
 
@@ -262,6 +263,127 @@ def test_the_answer_does_not_leak_into_the_prefix_of_paligemma():
     torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-4)
 
 
+def mixed(first_images: int) -> Episode:
+    """Demonstrations with and without images: the first has ``first_images``, the others one."""
+    episode = make_episode(2, seed=6, sizes=SIZES)
+    first = dataclasses.replace(episode.demonstrations[0], images=episode.query.images * first_images)
+    return dataclasses.replace(episode, id=f"mixed{first_images}", demonstrations=(first, *episode.demonstrations[1:]))
+
+
+def test_a_row_before_all_images_reads_none_of_them():
+    """Only that row is missing; a batch with other numbers of images raises no alarm and changes nothing."""
+    model = model_of("idefics")
+    episodes = [mixed(0), mixed(2), EPISODES[1]]
+    result = attention_map(model, episodes, rows="demo-answers")
+    first = result.isel(episode=0)
+    assert first["cross_mass"].sel(row="demo_answer_0").isnull().all()
+    for row in ("answer", "demo_answer_1"):
+        assert first["cross_visible_share"].sel(row=row).sum("segment").min() == 1
+        np.testing.assert_allclose(first["cross_mass"].sel(row=row).sum("segment"), 1, atol=1e-5)
+    for number, episode in enumerate(episodes):
+        alone = attention_map(model, [episode], rows="demo-answers").isel(episode=0)
+        there = result.isel(episode=number)
+        for row in alone["row"].values:
+            ours, theirs = (x["cross_mass"].sel(row=row).dropna("segment", how="all") for x in (there, alone))
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_text_that_ended_reads_no_image():
+    """Behind the end of a text Idefics shows no image, and drops what cross-attention then gives."""
+    ended = TOUCHING.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endfor %}")
+    ended = ended.replace("{% if message['role'] == 'user' %} Answer: {% endif %}", "</s>")
+    made = tiny("idefics")
+    model = load(made.module, processor=dataclasses.replace(made).processor)
+    model = dataclasses.replace(model, chat_template=ended)
+    episode = EPISODES[0]
+    silent = dataclasses.replace(episode, query=dataclasses.replace(episode.query, images=()))
+    result = attention_map(model, [silent])
+    assert result["cross_mass"].isnull().all()
+
+
+def test_layers_without_self_attention_are_refused():
+    with pytest.raises(
+        UsageError, match=r"The layers 1 of .* cross-attention alone; name at least one .*\(0, 2, 3, 5\)"
+    ):
+        attention_map(model_of("mllama"), EPISODES[:1], layers=[1])
+    both = attention_map(model_of("mllama"), EPISODES[:1], layers=[0, 1])
+    assert (both["layer"].values.tolist(), both["cross_layer"].values.tolist()) == ([0], [1])
+
+
+def test_contribution_is_what_is_added_where_a_norm_follows():
+    """Gemma 3 normalises the attention's output: with one segment and all heads, the parts add up to what it adds."""
+    model = model_of("gemma3")
+    encoding = model.encode(EPISODES[0])
+    batch = model.batch([encoding])
+    at = torch.tensor([[encoding.n_prompt - 1]])
+    for layer, block in enumerate(model.layers):
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            block.self_attn.o_proj.register_forward_pre_hook(lambda _m, a, s=seen: s.__setitem__("heads", a[0])),
+            block.post_attention_layernorm.register_forward_hook(
+                lambda _m, _a, out, s=seen: s.__setitem__("added", out)
+            ),
+        ]
+        with torch.no_grad():
+            model.module(**batch.inputs, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        heads = seen["heads"][:, at[0]].unflatten(2, (model.n_heads, -1)).transpose(1, 2)
+        size = model.output_size(layer, heads)
+        written = heads.transpose(1, 2).flatten(2) @ model.output_weight(layer).T / size[..., None]
+        torch.testing.assert_close(written, seen["added"][:, at[0]], atol=1e-5, rtol=1e-5)
+    result = attention_map(model, EPISODES[:1], layers=[0])
+    one = torch.zeros(1, model.n_heads, 1, model.head_dim)
+    assert model.output_size(0, one + 1) is not None
+    assert float(result["contribution"].isel(row=0).max()) < 3 * model.text_config.hidden_size**0.5
+
+
+def test_softcapped_attention_is_refused():
+    made = tiny("paligemma")
+    made.module.config.text_config.attn_logit_softcapping = 50.0
+    try:
+        with pytest.raises(UsageError, match="squashes its attention scores"):
+            load(made.module, processor=made.processor)
+    finally:
+        del made.module.config.text_config.attn_logit_softcapping
+
+
+def test_what_the_grid_covers_where_pictures_are_cropped_or_padded():
+    """CLIP keeps the middle; OneVision pads several pictures to squares, Mllama to the right and below."""
+    [wide] = [e for e in EPISODES if not e.shots]
+    wide = dataclasses.replace(wide, query=dataclasses.replace(wide.query, images=(picture(0, (120, 30)),) * 2))
+    boxes = {}
+    for kind in ("llava", "llava_onevision", "mllama"):
+        image = model_of(kind).encode(wide).images[0]
+        boxes[kind] = image.box
+        assert image.size[0] / image.size[1] == pytest.approx(4, rel=0.1)
+    assert boxes["llava"] == (0.375, 0.0, 0.625, 1.0)
+    assert boxes["llava_onevision"] == (0.0, -1.5, 1.0, 2.5)
+    assert boxes["mllama"][:2] == (0.0, 0.0)
+    assert boxes["mllama"][3] > 1
+
+
+def test_formats_write_what_the_family_puts_around_an_image():
+    made = tiny("qwen2_5_vl")
+    model = load(made.module, processor=made.processor, prompt="live")
+    text = model.render(EPISODES[2]).text
+    assert text.count("<|vision_start|><|image_pad|><|vision_end|>") == sum(len(x.images) for x in EPISODES[2].examples)
+    assert model.prompt == "live"
+
+
+@pytest.mark.parametrize("named", [{"default": "D", "tool_use": "T"}, [{"name": "default", "template": "D"}]])
+def test_of_several_chat_templates_the_default_one(tmp_path, named):
+    directory = save("llava", tmp_path / "llava", layout="old")
+    template = json.loads((directory / "chat_template.json").read_text())["chat_template"]
+    filled = json.loads(json.dumps(named).replace('"D"', json.dumps(template)))
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": filled}))
+    loaded = load(directory)
+    assert (loaded.prompt, loaded.chat_template) == ("chat template", template)
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": {"tool_use": template}}))
+    with pytest.raises(ProbeError, match="chat templates tool_use and none called default"):
+        load(directory)
+
+
 # ---------------------------------------------------------------------------------------- the checks find what is wrong
 
 
@@ -293,5 +415,32 @@ def test_checks_fail_when_they_should():
         certification.check_edit,
         experiments__certification__zero_head=lambda layer, head, axis: original_edit(layer, 0, axis),
     )
+
+    def nothing(q, k, mask, scale, causal, rows):
+        return original_rows(q, k, mask, scale, causal, rows) * float("nan")
+
+    for check in (certification.check_mass, certification.check_residual, certification.check_sums):
+        assert broken(check, measures__mass__row_attention=nothing)
     identity = Edit("heads", 1, lambda value, context: value)
     assert broken(certification.check_randomised, experiments__certification__Edit=lambda *_: identity)
+
+
+def test_the_check_of_the_token_map_reads_the_ids():
+    case = prepare(model_of("gemma3"), EPISODES)
+    first = case.encodings[0]
+    at = int(first.token_map.where("image")[0])
+    for wrong in (first.ids.clone().index_fill(0, torch.tensor([at]), 0), first.ids.roll(1)):
+        broken_one = dataclasses.replace(first, ids=wrong)
+        shown = dataclasses.replace(case, encodings=[broken_one, *case.encodings[1:]])
+        assert not certification.check_token_map(shown).passed
+    assert certification.check_token_map(case).passed
+
+
+def test_the_check_of_padding_notices_positions_that_count_padding(monkeypatch):
+    """As if the model were given no mask for padding."""
+    case = prepare(model_of("llava"), EPISODES)
+    blind = dict(case.batch.inputs, attention_mask=torch.ones_like(case.batch.inputs["attention_mask"]))
+    batch = dataclasses.replace(case.batch, inputs=blind)
+    wrong = certification.replace_case(case, [0, 1, 2], batch)
+    assert not certification.check_alone(wrong).passed
+    assert certification.check_alone(case).passed

@@ -338,3 +338,19 @@ def test_a_view_of_the_whole_is_spread_over_the_crops():
     # padded to twice its width, half of it on either side
     np.testing.assert_allclose(map_.x, np.linspace(-16, 48, 5))
     assert "spread over the grid of the crops" in words(figure)
+
+
+def test_the_uniform_line_of_a_layer_that_sees_nothing_is_zero():
+    """As in a layer whose window ends after the demonstrations: such a layer counts, with nothing."""
+    result = synthetic_result(shots=(2,), text_only=())
+    hidden = result.copy(deep=True)
+    demonstrations = hidden["demonstration"].values >= 0
+    for name in ("n_visible", "visible_share"):
+        hidden[name][:, :, 0, demonstrations] = 0.0
+    figure = plot_mass_by_demonstration(hidden, heads=[(0, 0), (1, 0)])
+    lines = [trace.y for trace in figure.data if trace.mode == "lines"]
+    full = [trace.y for trace in plot_mass_by_demonstration(result).data if trace.mode == "lines"]
+    for modality in (0, 1):
+        np.testing.assert_allclose(lines[modality], full[modality] * 3 / 4)  # one of four layers
+        np.testing.assert_allclose(lines[2 + modality], 0)
+        np.testing.assert_allclose(lines[4 + modality], full[modality])

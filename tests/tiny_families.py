@@ -184,8 +184,19 @@ BOS = {"begin": "{{ bos_token }}", "text": "{{ part['text'] | trim }}"}
 TURN = "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
 GEMMA3_CHAT = template(TURN, "<start_of_image>", "<end_of_turn>\n", "<start_of_turn>model\n", **BOS)
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+# As the published one, it writes a system prompt only where no message has an image.
+MLLAMA_BEGIN = (
+    "{{ bos_token }}{% set seen = namespace(images=false) %}{% for message in messages %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{% set seen.images = true %}{% endfor %}"
+    "{% endfor %}{% if not seen.images %}" + HEADER.format("system") + "{{ 'Today is Friday.' }}<|eot_id|>{% endif %}"
+)
 MLLAMA_CHAT = template(
-    HEADER.format("{{ message['role'] }}"), "<|image|>", "<|eot_id|>", HEADER.format("assistant"), **BOS
+    HEADER.format("{{ message['role'] }}"),
+    "<|image|>",
+    "<|eot_id|>",
+    HEADER.format("assistant"),
+    begin=MLLAMA_BEGIN,
+    text=BOS["text"],
 )
 
 # --- Families: the text sizes are given, the pictures become 4 to 64 tokens ------------------------------------------

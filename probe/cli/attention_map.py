@@ -174,7 +174,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
     """Write the picture of a result: maps, demonstrations by position, and single heads on the images."""
     from probe.plots.attention_map import plot_attention_map
     from probe.plots.demonstration_position import plot_mass_by_demonstration
-    from probe.plots.overlay import plot_overlay
+    from probe.plots.overlay import plot_overlay, stored_episodes
     from probe.plots.page import write_page
 
     heads = list(dict.fromkeys((head.layer, head.head) for head in ranked))
@@ -201,7 +201,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
             (
                 "On the images",
                 "One head's attention on every image token of one episode. Choose the head in the menu.",
-                plot_overlay(result, heads=heads),
+                plot_overlay(result, heads=heads, episode=stored_episodes(result)[0]),
             )
         )
     write_page(path, result, figures, title="Attention map")

@@ -158,6 +158,8 @@ def _facts(result: xr.Dataset, *, reused: bool) -> Table:
 def _cross_attention(result: xr.Dataset) -> str:
     """What the first answer row reads of the images where they are no tokens of the text."""
     row = result["cross_mass"].isel(row=0).mean(("episode", "cross_layer", "head"))
+    if not bool(row.notnull().any()):
+        return "these episodes have no images to read"
     query = float(row.where((row["role"] == "image") & (row["demonstration"] == QUERY)).sum())
     demonstrations = float(row.where(row["demonstration"] >= 0).sum())
     layers = ", ".join(map(str, result["cross_layer"].values.tolist()))

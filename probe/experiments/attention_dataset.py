@@ -61,11 +61,6 @@ class Plan:
             *(encoding.token_map.where("answer", i).tolist() for i in demonstrations),
         ]
 
-    def sees_images(self, encoding: Encoding) -> list[bool]:
-        """For every row label, whether all of its positions stand behind an image that they could look at."""
-        markers = np.flatnonzero(encoding.token_map.image >= 0)
-        return [bool(group and len(markers) and min(group) >= markers[0]) for group in self.positions(encoding)]
-
     def count_vision(self, encoding: Encoding) -> NDArray[np.int64]:
         """How many keys on the vision axis each segment holds."""
         if encoding.vision_map is None:
@@ -164,7 +159,8 @@ def label_cross(
     encodings, plan
         As in :func:`label`.
     values
-        As in :func:`label`, of cross-attention; ``None`` if no episode of the batch has an image.
+        As in :func:`label`, of cross-attention, and ``looks`` ``[episode, layer, row]``; ``None`` if no episode of the
+        batch has an image.
     gates
         Of each layer, the mean size of the factor on what its cross-attention writes.
     n_heads
@@ -176,19 +172,18 @@ def label_cross(
         NaN where an episode lacks an image, or a row can see none.
     """
     n_tokens = np.stack([plan.count_vision(encoding) for encoding in encodings])
-    sees: NDArray[np.bool_] = np.array([plan.sees_images(encoding) for encoding in encodings])
     if values is None:  # then nothing is there, whatever the numbers
         shape = (len(encodings), len(plan.cross_layers), len(plan.row_labels), n_heads, len(plan.segments))
         nothing = np.full(shape, np.nan, np.float32)
         values = {name: nothing for name in ("mass", "contribution")}
         values |= {name: np.asarray(nothing[:, :, :, 0]) for name in ("n_visible", "visible_share")}
-        values |= {"residual": np.zeros(shape[:2], np.float32)}
-    known = xr.DataArray(sees, dims=("episode", "row")) & xr.DataArray(n_tokens > 0, dims=("episode", "segment"))
+        values |= {"residual": np.zeros(shape[:2], np.float32), "looks": np.zeros(shape[:3], np.float32)}
+    looks = values["looks"].min(1) > 1 - 1e-6  # all positions of the row; the same in every layer
+    known = xr.DataArray(looks, dims=("episode", "row")) & xr.DataArray(n_tokens > 0, dims=("episode", "segment"))
 
     def named(name: str, *dims: str) -> xr.DataArray:
         return xr.DataArray(values[name], dims=("episode", "cross_layer", "row", *dims, "segment")).where(known)
 
-    residual = np.where(sees.any(axis=1, keepdims=True), values["residual"], np.float32(0))
     return xr.Dataset(
         {
             "cross_mass": named("mass", "head"),
@@ -196,7 +191,7 @@ def label_cross(
             "cross_n_visible": named("n_visible"),
             "cross_visible_share": named("visible_share"),
             "cross_n_tokens": (("episode", "segment"), n_tokens),
-            "cross_residual": (("episode", "cross_layer"), residual),
+            "cross_residual": (("episode", "cross_layer"), values["residual"]),
         },
         coords={"cross_layer": plan.cross_layers, "cross_gate": ("cross_layer", gates)},
     ).transpose("episode", "row", "cross_layer", "head", "segment", missing_dims="ignore")

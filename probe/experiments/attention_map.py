@@ -37,7 +37,7 @@ from probe.trace.read import LayerValues, Reducer, read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed.
-Three to four times the largest that ``analyses/calibrate_dtypes.py`` finds on random models."""
+In half precision about three times the largest that was found on random models (``analyses/calibrate_dtypes.py``)."""
 
 MAX_UNKNOWN_WORDS = 0.2
 
@@ -108,6 +108,11 @@ def attention_map(
         segments_for(max(e.shots for e in episodes)),
         cross_layers=model.choose_layers(layers, "vision"),
     )
+    if not plan.layers:
+        raise UsageError(
+            f"The layers {', '.join(map(str, layers or ()))} of {model.name} have cross-attention alone; name at least "
+            f"one with self-attention ({', '.join(map(str, model.choose_layers(None)))})."
+        )
     unknown, words = check_words(model, episodes)
     if max_new_tokens is None:
         answers = sorted({answer for episode in episodes for answer in episode.query.answers})
@@ -257,8 +262,9 @@ def make_reducer(
     -------
     Reducer
         For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``,
-        ``n_visible`` and ``visible_share`` ``[batch, row, segment]``, ``residual`` ``[batch]``, ``first_row``
-        ``[n_overlay, head, key]``, ``token_mass`` ``[batch, head, position, segment]``.
+        ``n_visible`` and ``visible_share`` ``[batch, row, segment]``, ``residual`` ``[batch]``; on the axis of the
+        text ``first_row`` ``[n_overlay, head, key]`` and ``token_mass`` ``[batch, head, position, segment]``; on that
+        of the images ``looks`` ``[batch, row]``, the share of a row's positions that may look at an image.
     """
 
     def reduce(values: LayerValues) -> dict[str, Tensor]:
@@ -270,16 +276,30 @@ def make_reducer(
         attention = measure.row_attention(at.q, at.k, at.mask, at.scale, at.causal, rows.positions)
         visible = measure.row_visibility(at.mask, at.causal, rows.positions, at.q.shape[2], at.k.shape[2])
         counts = visible.float() @ segments
+        seen = counts.sum(-1)
+        if at.axis == "vision":
+            # A row that may look at nothing is given something by the kernel (padding, or all keys alike), which the
+            # model then drops or, before the first image, does not mean.
+            looks = (seen > 0) & (visible.sum(-1) == seen)
+            attention = attention.where(looks[:, None, :, None], torch.zeros_like(attention))
+            counts, seen = counts * looks[..., None], seen.where(looks, torch.ones_like(seen))
         outputs = measure.segment_outputs(attention, at.v, segments)
         factors = measure.output_factors(model.output_weight(values.layer, at.axis), model.n_heads)
-        off = measure.residual(outputs.sum(3), rows.pick(heads))
+        own = rows.pick(heads)
+        written = measure.contribution(outputs, factors)
+        if at.axis == "text" and (size := model.output_size(at.layer, own)) is not None:
+            written = written / size[:, None, :, None]
+        off = measure.residual(outputs.sum(3), own)
         reduced = {
             "mass": rows.average(measure.segment_mass(attention, segments)),
-            "contribution": rows.average(measure.contribution(outputs, factors)),
+            "contribution": rows.average(written),
             "n_visible": rows.average(counts[:, None])[:, :, 0],
-            "visible_share": rows.average((counts / counts.sum(-1, keepdim=True))[:, None])[:, :, 0],
-            "residual": off.masked_fill(rows.unused[:, None], 0).amax((1, 2)),
+            "visible_share": rows.average((counts / seen[..., None])[:, None])[:, :, 0],
         }
+        if at.axis == "vision":
+            reduced["looks"] = torch.einsum("brf,bf->br", rows.weights, looks.float())
+            off = off.masked_fill(~looks[:, None], 0)
+        reduced["residual"] = off.masked_fill(rows.unused[:, None], 0).amax((1, 2))
         if at.axis == "text":
             reduced["first_row"] = attention[:n_overlay, :, 0]
             if all_rows:

@@ -16,6 +16,7 @@ from probe.models.token_map import PADDING, ROLES, TokenMap
 from probe.segments import NEITHER
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import PreTrainedTokenizerFast
 
 
@@ -55,6 +56,13 @@ class ImageTokens:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+def square_box(image: Image.Image) -> tuple[float, float, float, float]:
+    """The box of an image that was padded to a square, on both sides alike."""
+    side = max(image.size)
+    x, y = side / image.width / 2, side / image.height / 2
+    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
 def grid_places(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -151,7 +159,7 @@ def tokenise(
         If an image has another number of tokens in the text than features, or the query's answer has no token.
     """
     encoded = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
-    opening = _opening(tokenizer, prompt.text)
+    opening = _opening(tokenizer, prompt)
     owner = _span_of_character(prompt)
     ids: list[int] = [*opening]
     places: list[Place] = [(ROLES.index("template"), NEITHER, -1, -1, -1, -1)] * len(opening)
@@ -186,10 +194,14 @@ def tokenise(
     return Encoding(torch.tensor(ids), token_map, inputs, tuple(images), episode, vision_map)
 
 
-def _opening(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """What the tokenizer puts before a text (a token that begins every text), unless the prompt has written it."""
+def _opening(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
+    """What the tokenizer puts before a text (a token that begins every text), unless the prompt begins with it.
+
+    An image may come before (PaliGemma).
+    """
     begin = tokenizer.bos_token
-    if begin and begin in text:
+    text = next((span.start for span in prompt.spans if span.role != "image"), 0)
+    if begin and prompt.text.startswith(begin, text):
         return []
     return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
 

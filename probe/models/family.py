@@ -56,6 +56,9 @@ class Family:
         no torchvision, and the same pixel values whether torchvision is installed or not.
     placeholder
         What a prompt says for one image before it is expanded.
+    in_format
+        What a prompt format (:mod:`probe.models.formats`) says for it, if that is more: markers that a chat template
+        would write.
     process_images
         ``(model, the episode's images) -> (inputs, tokens of each image)``.
     image_token
@@ -74,6 +77,9 @@ class Family:
         Whether two images may follow each other without a token between them.
     gate
         In families with cross-attention: ``block -> factor`` on what its attention writes.
+    norm
+        ``block -> (weight, epsilon)`` of the root-mean-square norm that the output of self-attention passes before it
+        is added to the residual stream, in families that have one.
     prompt
         Name of the prompt format (:mod:`probe.models.formats`) for checkpoints without a chat template.
     aliases
@@ -93,6 +99,8 @@ class Family:
     by_episode: bool = False
     like_images: bool = False
     adjacent_images: bool = True
+    in_format: str = ""
     gate: Callable[[torch.nn.Module], Tensor] | None = None
+    norm: Callable[[torch.nn.Module], tuple[Tensor, float]] | None = None
     prompt: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -22,9 +22,16 @@ from __future__ import annotations
 _INSTRUCTION = "Provide an answer to the question. Use the image to answer.\n"
 
 
-def _interleaved(user: str, answer: str, end: str, instruction: str = "") -> str:
-    """A template: ``{images}`` and ``{text}`` in ``user``, the answer after ``answer``, and what ends a turn."""
-    images = "{% for part in message['content'] if part['type'] == 'image' %}IMAGE{% endfor %}"
+def _interleaved(user: str, answer: str, end: str, *, instruction: str = "", before: str = "", after: str = "") -> str:
+    """A template.
+
+    ``user`` is a question's turn with ``{images}`` and ``{text}``, ``answer`` what stands before an answer, ``end``
+    what ends a demonstration; ``before`` and ``after`` stand around images, where there are any.
+    """
+    images = (
+        "{% for part in message['content'] if part['type'] == 'image' %}"
+        f"{{% if loop.first %}}{before}{{% endif %}}IMAGE{{% if loop.last %}}{after}{{% endif %}}{{% endfor %}}"
+    )
     text = "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     asked = user.replace("{images}", images).replace("{text}", text)
     template = (
@@ -36,8 +43,15 @@ def _interleaved(user: str, answer: str, end: str, instruction: str = "") -> str
 
 
 FORMATS = {
-    "live": _interleaved("{images}Question:{text} Short answer:", "", ".\n\n", _INSTRUCTION),
-    "mimic": _interleaved("Image:{images} Question: {text} Answer:", " ", "\n", f"Instruction: {_INSTRUCTION}"),
+    "live": _interleaved("{images}Question:{text} Short answer:", "", ".\n\n", instruction=_INSTRUCTION),
+    "mimic": _interleaved(
+        "{images}Question: {text} Answer:",
+        " ",
+        "\n",
+        instruction=f"Instruction: {_INSTRUCTION}",
+        before="Image:",
+        after=" ",
+    ),
     "flamingo": _interleaved("{images}Question:{text} Short answer:", "", "<|endofchunk|>"),
     "pair": _interleaved("{images}{{ bos_token }}{text}\n", "", "\n"),
 }

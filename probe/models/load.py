@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -65,6 +65,7 @@ def load(
         If the model cannot be fetched, or files are missing or broken. Weights that the checkpoint lacks are never
         replaced by random ones.
     """
+    prompt_text(prompt)  # what cannot be meant is refused before gigabytes are read
     if isinstance(name, torch.nn.Module):
         if dtype is not None or device is not None:
             raise UsageError("A module in memory keeps its dtype and device; convert it before you load it.")
@@ -87,8 +88,7 @@ def _from_directory(
     except ProbeError:
         raise
     except Exception as error:  # whatever a foreign checkpoint makes transformers raise: the user has to mend it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ProbeError(f"The checkpoint in {directory} cannot be loaded: {reason}") from error
+        raise ProbeError(f"The checkpoint in {directory} cannot be loaded: {reason_of(error)}") from error
     broken = {kind: sorted(report[kind]) for kind in ("missing_keys", "mismatched_keys") if report.get(kind)}
     if broken:
         kind, keys = next(iter(broken.items()))
@@ -125,7 +125,9 @@ def _from_module(module: torch.nn.Module, processor: Any, prompt: str | None) ->
     if None in parts:
         raise UsageError("A module in memory needs processor=, an object with a tokenizer and an image_processor.")
     tokenizer, image_processor = parts
-    own = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    own = _default_template(
+        getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None), "the processor"
+    )
     template, how = choose_template(own, FAMILIES[kind], prompt, "the processor")
     model = Model(
         name=type(module).__name__,
@@ -148,8 +150,17 @@ def _from_module(module: torch.nn.Module, processor: Any, prompt: str | None) ->
 
 def _check(model: Model) -> None:
     """Refuse what would make every episode fail, or numbers mean something else."""
+    _refuse_softcapping(model.config, model.name)
     if model.tokenizer.pad_token_id is None:
         raise ProbeError(f"The tokenizer of {model.name} has no padding token; set `pad_token` in its configuration.")
+
+
+def _refuse_softcapping(config: Any, name: str) -> None:
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        raise UsageError(
+            f"{name} squashes its attention scores (attn_logit_softcapping), as Gemma 2 and PaliGemma 2 do; its "
+            "attention cannot be recorded."
+        )
 
 
 def placement(
@@ -197,12 +208,31 @@ def load_tokenizer(directory: Path) -> Any:
 
 def read_chat_template(directory: Path, tokenizer: Any) -> str | None:
     """The chat template, wherever this generation of checkpoints keeps it; ``None`` if there is none."""
-    jinja, old = directory / "chat_template.jinja", directory / "chat_template.json"
+    jinja = directory / "chat_template.jinja"
     if jinja.exists():
         return jinja.read_text(encoding="utf-8")
-    if old.exists():
-        return cast(str, json.loads(old.read_text(encoding="utf-8"))["chat_template"])
-    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    for file in ("chat_template.json", "processor_config.json"):
+        if (directory / file).exists():
+            said = json.loads((directory / file).read_text(encoding="utf-8")).get("chat_template")
+            if said:
+                return _default_template(said, f"{file} in {directory}")
+    return _default_template(tokenizer.chat_template, f"the tokenizer in {directory}")
+
+
+def _default_template(said: Any, where: str) -> str | None:
+    """One chat template, or of several by name the default one."""
+    if isinstance(said, list):
+        said = {entry["name"]: entry["template"] for entry in said}
+    if isinstance(said, dict):
+        if "default" not in said:
+            raise ProbeError(
+                f"{where} has chat templates {', '.join(said)} and none called default; give one of them as a file: "
+                "--prompt."
+            )
+        said = said["default"]
+    if said is None or isinstance(said, str):
+        return said or None
+    raise ProbeError(f"The chat template of {where} is no text.")
 
 
 def choose_template(own: str | None, family: Family, prompt: str | None, where: str) -> tuple[str, str]:
@@ -220,18 +250,24 @@ def choose_template(own: str | None, family: Family, prompt: str | None, where: 
         Where a chat template was looked for.
     """
     if prompt in FORMATS:
-        return template_of(prompt, family.placeholder), prompt
+        return template_of(prompt, family.in_format or family.placeholder), prompt
     if prompt is not None:
         return prompt_text(prompt), Path(prompt).name
     if own:
         return own, "chat template"
     if family.prompt:
-        return template_of(family.prompt, family.placeholder), family.prompt
+        return template_of(family.prompt, family.in_format or family.placeholder), family.prompt
     raise ProbeError(
         f"{where} holds no chat template (chat_template.jinja, chat_template.json, or chat_template in "
         f"tokenizer_config.json). Choose a prompt format ({', '.join(FORMATS)}) or give a template of your own "
         "(--prompt)."
     )
+
+
+def reason_of(error: Exception) -> str:
+    """What a foreign error says, on one line."""
+    said = " ".join(str(error).split())
+    return f"{said[:300]}{' …' if len(said) > 300 else ''}" if said else type(error).__name__
 
 
 def prompt_text(prompt: str | None) -> str:
@@ -306,6 +342,7 @@ def _check_size(directory: Path, family: Family) -> None:
     from safetensors import safe_open
 
     config = load_config(directory, family)
+    _refuse_softcapping(config, str(directory))
     held = 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

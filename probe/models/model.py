@@ -90,6 +90,11 @@ class Model:
         return find_sites(self.module)
 
     @property
+    def image_token(self) -> int | None:
+        """The id of tokens that stand for image features; ``None`` where images are no tokens of the text."""
+        return self.family.image_token(self.config) if self.family.image_token else None
+
+    @property
     def reads_images_in_text(self) -> bool:
         """Whether images are tokens of the text; else the text reads them through cross-attention."""
         return self.family.image_token is not None
@@ -120,13 +125,48 @@ class Model:
         return str(self.text_config._attn_implementation)
 
     def output_weight(self, layer: int, axis: Axis = "text") -> torch.Tensor:
-        """What maps a layer's heads to the residual stream, ``[hidden, heads * head_dim]``; its gate is included.
+        """What maps a layer's heads to the residual stream, ``[hidden, heads * head_dim]``.
 
-        Head h owns columns h*head_dim to (h+1)*head_dim.
+        Head h owns columns h*head_dim to (h+1)*head_dim. A gate is included, and the weight of a norm that follows
+        (which also divides by :meth:`output_size`).
         """
+        weight = self._projection(layer, axis)
+        if axis == "vision":
+            return self.gate(layer).to(weight)[:, None] * weight
+        norm = self._norm(layer)
+        return weight if norm is None else norm[0].to(weight)[:, None] * weight
+
+    def output_size(self, layer: int, heads: torch.Tensor) -> torch.Tensor | None:
+        """What the norm behind self-attention divides by: the root mean square of what all heads together write.
+
+        Parameters
+        ----------
+        layer
+            Index of the decoder layer.
+        heads
+            Their outputs, ``[batch, head, row, width]``.
+
+        Returns
+        -------
+        Tensor or None
+            ``[batch, row]``; ``None`` in families without such a norm.
+        """
+        norm = self._norm(layer)
+        if norm is None:
+            return None
+        written = heads.transpose(1, 2).flatten(2).float() @ self._projection(layer, "text").float().T
+        return (written.square().mean(-1) + norm[1]).sqrt()
+
+    def _projection(self, layer: int, axis: Axis) -> torch.Tensor:
         site = next(site for site in self.sites if (site.axis, site.layer) == (axis, layer))
         weight: torch.Tensor = cast(Any, self.module.get_submodule(site.attention)).o_proj.weight
-        return weight if axis == "text" else self.gate(layer).to(weight)[:, None] * weight
+        return weight
+
+    def _norm(self, layer: int) -> tuple[torch.Tensor, float] | None:
+        if self.family.norm is None:
+            return None
+        weight, epsilon = self.family.norm(self.layers[layer])
+        return weight.detach(), epsilon
 
     def gate(self, layer: int) -> torch.Tensor:
         """The factor on what the cross-attention of a layer writes: one number, or ``[hidden]``."""
@@ -160,7 +200,7 @@ class Model:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ProbeError(
                 f"The chat template of {self.name} fails on a conversation of users and assistants: {error}."
             ) from error
@@ -219,7 +259,7 @@ class Model:
                 f"height) "
                 f"are {', '.join(str(image.size) for image in opened)}; replace or crop it."
             ) from error
-        image_token = self.family.image_token(self.config) if self.family.image_token else None
+        image_token = self.image_token
         spelled = cast(str, self.tokenizer.convert_ids_to_tokens(image_token)) if image_token is not None else None
         written = [image.text or (spelled or "") * len(image) for image in tokens]
         expanded = expand_images(prompt, written, spelled, self.family.beside)

@@ -61,16 +61,35 @@ def _eager_of(module: torch.nn.Module) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def naive_attention(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *, causal: bool, softmax_dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """The whole attention matrix, written down as in the textbook: ``[batch, head, query, key]``."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q.to(softmax_dtype) @ k.to(softmax_dtype).transpose(2, 3)) * scale
-    if mask is None and causal:
-        n, m = scores.shape[-2:]
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    if mask is not None:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(-1)
+def naive_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: Tensor, *, causal: bool) -> Tensor:
+    """Rows of the attention matrix, written down as in the textbook, one episode after the other.
+
+    Parameters
+    ----------
+    q, k, mask, scale
+        As the kernel gets them.
+    rows
+        Query positions, ``[batch, row]``.
+    causal
+        Whether a kernel without a mask hides later keys.
+
+    Returns
+    -------
+    Tensor
+        ``[batch, head, row, key]``, in float64 (float32 where a device has no more).
+    """
+    exact = torch.float32 if q.device.type == "mps" else torch.float64
+    n, m = q.shape[2], k.shape[2]
+    found = []
+    for episode, at in enumerate(rows):
+        keys = k[episode].to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=0)
+        scores = (q[episode][:, at].to(exact) @ keys.transpose(1, 2)) * scale
+        if mask is not None:
+            part = mask[min(episode, len(mask) - 1)][:, at]
+            visible = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+            scores = scores.masked_fill(~visible, float("-inf"))
+        elif causal:
+            later = torch.arange(m, device=q.device) > (at + m - n)[:, None]
+            scores = scores.masked_fill(later, float("-inf"))
+        found.append(scores.softmax(-1))
+    return torch.stack(found)

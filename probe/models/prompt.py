@@ -149,8 +149,14 @@ def _turn_starts(episode: Episode, chat: Chat, messages: list[Message], skeleton
         starts.append(len(before))
     # The first turn opens as every later one with as many images does; what stands before that is the template's own
     # (a system prompt).
-    small = [_user(Example("", (), "", ("",)), _OPEN), _assistant("a")]
+    # Both turns show the same: a template may write something else where no message has an image.
+    small = [_user(episode.examples[0], _OPEN), _assistant("a")]
     later = chat([*small, _user(episode.examples[0], _CLOSE)], False)[len(chat(small, False)) :]
+    if _CLOSE not in later:
+        raise ProbeError(
+            f"Episode {episode.id}: the chat template writes a conversation differently once it goes on, so that turns "
+            "have no fixed borders."
+        )
     opening = later[: min(i for i in (later.find(_CLOSE), later.find(placeholder)) if i >= 0)].strip()
     head = skeleton[: min(i for i in (skeleton.find(_OPEN), skeleton.find(placeholder)) if i >= 0)]
     if opening not in head:

@@ -11,7 +11,7 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from probe.plots import style
-from probe.segments import CONTENT, by_demonstration, mass_by_demonstration, select_row, visible_share
+from probe.segments import CONTENT, by_demonstration, mass_by_demonstration, select_row
 from probe.stats import Interval, mean_interval
 
 LEVEL = 0.95
@@ -52,10 +52,12 @@ def plot_mass_by_demonstration(
     """
     chosen = list(heads or [])
     mass = mass_by_demonstration(result, row=row).transpose("modality", "demonstration", "episode", "layer", "head")
-    uniform = by_demonstration(visible_share(select_row(result, row))).mean(["episode", "layer"])
-    panels = [("mean of all heads", mass.mean(["layer", "head"]))]
+    # Over episodes that have the tokens, zeros kept: a layer whose window hides a demonstration counts with nothing.
+    selected = select_row(result, row)
+    uniform = by_demonstration(selected["visible_share"].where(selected["n_tokens"] > 0)).mean("episode")
+    panels = [("mean of all heads", mass.mean(["layer", "head"]), uniform.mean("layer"))]
     for (layer, head), (i, j) in zip(chosen, style.head_places(result, chosen), strict=True):
-        panels.append((style.head_name(layer, head), mass.isel(layer=i, head=j)))
+        panels.append((style.head_name(layer, head), mass.isel(layer=i, head=j), uniform.isel(layer=i)))
 
     places = mass["demonstration"].values
     columns = min(3, len(panels))
@@ -67,17 +69,17 @@ def plot_mass_by_demonstration(
         cols=columns,
         horizontal_spacing=0.07,
         vertical_spacing=gap / body if rows > 1 else 0,
-        subplot_titles=[f"<b>{name}</b>" for name, _ in panels],
+        subplot_titles=[f"<b>{name}</b>" for name, *_ in panels],
     )
     figure.update_annotations(font_size=13)
     counts: set[int] = set()
-    for number, (_, values) in enumerate(panels):
+    for number, (_, values, uniform_share) in enumerate(panels):
         place = {"row": number // columns + 1, "col": number % columns + 1}
         for modality in CONTENT:
             by_place = values.sel(modality=modality).values
             points = [mean_interval(by_place[i], LEVEL) for i in range(len(by_place))]
             counts |= {point.n for point in points if point.n}
-            share = uniform.sel(modality=modality).values
+            share = uniform_share.sel(modality=modality).values
             figure.add_trace(_uniform_line(places, share, modality, number == 0), **place)
             figure.add_trace(_points(places, points, modality, number == 0), **place)
 

@@ -7,7 +7,7 @@ pictures ("pan and scan") is off, as it is in transformers' processor unless it 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
@@ -39,6 +39,11 @@ def finish(model: Model, batch: Batch) -> dict[str, Tensor]:
     return {"token_type_ids": (batch.inputs["input_ids"] == model.config.image_token_id).long()}
 
 
+def norm(block: Any) -> tuple[Tensor, float]:
+    """The norm that attention's output passes before it is added."""
+    return 1 + block.post_attention_layernorm.weight, float(block.post_attention_layernorm.eps)
+
+
 GEMMA3 = Family(
     name="Gemma 3",
     model_type="gemma3",
@@ -48,6 +53,7 @@ GEMMA3 = Family(
     placeholder="<start_of_image>",
     process_images=process_images,
     finish=finish,
+    norm=norm,
     aliases={
         "gemma3": "google/gemma-3-4b-it",
         "gemma3-12b": "google/gemma-3-12b-it",

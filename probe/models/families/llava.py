@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from probe.models.encoding import ImageTokens, grid_places, join_places, no_places
+from probe.models.encoding import ImageTokens, grid_places, join_places, no_places, square_box
 from probe.models.family import Family, Images
 
 if TYPE_CHECKING:
@@ -25,30 +25,35 @@ def process_images(model: Model, images: list[Image.Image]) -> Images:
     places = grid_places(height // vision.patch_size, width // vision.patch_size)
     if model.config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model":
         places = join_places(no_places(1), places)
-    tokens = [
-        ImageTokens(*places, (width, height), image.size, box=covered(model.image_processor, image)) for image in images
-    ]
+    tokens = []
+    for image in images:
+        box = covered(model.image_processor, image)
+        size = round(width / (box[2] - box[0])), round(height / (box[3] - box[1]))
+        tokens.append(ImageTokens(*places, size, image.size, box=box))
     return {"pixel_values": pixels}, tokens
 
 
 def covered(processor: Any, image: Image.Image) -> tuple[float, float, float, float]:
     """What the image processor keeps of an image: with CLIP's, the square in its middle."""
-    width, height = image.size
     if getattr(processor, "do_pad", False):  # to a square, before anything else
-        kept_width = kept_height = float(max(width, height))
-    elif getattr(processor, "do_center_crop", False):
-        scale = processor.size.shortest_edge / min(width, height) if processor.do_resize else 1.0
-        kept_width, kept_height = processor.crop_size.width / scale, processor.crop_size.height / scale
-    else:
+        return square_box(image)
+    if not getattr(processor, "do_center_crop", False):
         return 0.0, 0.0, 1.0, 1.0
-    x, y = kept_width / width / 2, kept_height / height / 2
+    size, crop = processor.size, processor.crop_size
+    if not processor.do_resize:
+        width, height = image.size
+    elif size.shortest_edge:
+        width, height = (side * size.shortest_edge / min(image.size) for side in image.size)
+    else:
+        width, height = size.width, size.height
+    x, y = crop.width / width / 2, crop.height / height / 2
     return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
 LLAVA = Family(
     name="LLaVA",
     model_type="llava",
-    special="One square of tokens for each image; CLIP's image processor crops the picture to its middle.",
+    special="One square of tokens for each image; where the image processor is CLIP's, of the picture's middle.",
     module_class="LlavaForConditionalGeneration",
     image_processor_class="clip.image_processing_pil_clip.CLIPImageProcessorPil",
     placeholder="<image>",

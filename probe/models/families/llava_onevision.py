@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from probe.models.encoding import ImageTokens, grid_places, join_places, no_places
+from probe.models.encoding import ImageTokens, grid_places, join_places, no_places, square_box
 from probe.models.families.llava_next import high_resolution, tokens_a_side, unpadded_grid
 from probe.models.family import Family, Images
 
@@ -32,7 +32,11 @@ def process_images(model: Model, images: list[Image.Image]) -> Images:
         tile, row, column = join_places(grid_places(side, side), no_places(1))
         newline = np.arange(len(tile)) == side * side
         edge = config.vision_config.image_size
-        tokens = [ImageTokens(tile, row, column, (edge, edge), i.size, structural=newline) for i in images]
+        tokens = []
+        for image in images:  # each is padded to a square
+            size = tuple(round(edge * side / max(image.size)) for side in image.size)
+            box = square_box(image)
+            tokens.append(ImageTokens(tile, row, column, (size[0], size[1]), image.size, structural=newline, box=box))
     inputs = {name: out[name] for name in ("pixel_values", "image_sizes")}
     return {**inputs, "batch_num_images": torch.tensor([len(images)])}, tokens
 

@@ -27,7 +27,10 @@ IMAGE = "<|image|>"
 
 def process_images(model: Model, images: list[Image.Image]) -> Images:
     """Pixel values ``[1, image, tile, …]`` with what tells how the tiles lie, and the keys of each image."""
-    from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+    from transformers.models.mllama.image_processing_pil_mllama import (
+        get_all_supported_aspect_ratios,
+        get_image_size_fit_to_canvas,
+    )
 
     processor, vision = model.image_processor, model.config.vision_config
     out = processor([images], return_tensors="pt")
@@ -40,9 +43,12 @@ def process_images(model: Model, images: list[Image.Image]) -> Images:
         in_grid = (within > 0) & (tile < rows * columns)
         row = np.where(in_grid, tile // columns * side + (within - 1) // side, -1)
         column = np.where(in_grid, tile % columns * side + (within - 1) % side, -1)
-        size = (columns * vision.image_size, rows * vision.image_size)
-        crop = tile + 1 if rows * columns > 1 else tile
-        tokens.append(ImageTokens(crop, row, column, size, image.size, IMAGE, structural=tile >= rows * columns))
+        canvas = (columns * vision.image_size, rows * vision.image_size)
+        height, width = get_image_size_fit_to_canvas(image.height, image.width, canvas[1], canvas[0], vision.image_size)
+        box = (0.0, 0.0, canvas[0] / width, canvas[1] / height)  # the rest of the canvas is padding
+        crop, unused = tile + 1 if rows * columns > 1 else tile, tile >= rows * columns
+        places = (crop, row, column)
+        tokens.append(ImageTokens(*places, (width, height), image.size, IMAGE, structural=unused, box=box))
     return {name: out[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}, tokens
 
 

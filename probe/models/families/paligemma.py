@@ -2,7 +2,8 @@
 
 What is special: the forward needs ``token_type_ids``, which say where the answer begins; without them the whole text is
 causal, and with the answer in the prefix the row that predicts it would see it. The model was not trained on several
-images or questions: its own format for one is repeated for every demonstration.
+images or questions: its own format for one is repeated for every demonstration. PaliGemma 2 squashes its attention
+scores (softcapping), which no kernel here does; it is refused.
 """
 
 from __future__ import annotations
@@ -47,8 +48,5 @@ PALIGEMMA = Family(
     process_images=process_images,
     finish=finish,
     prompt="pair",
-    aliases={
-        "paligemma": "google/paligemma-3b-mix-224",
-        "paligemma2": "google/paligemma2-3b-mix-224",
-    },
+    aliases={"paligemma": "google/paligemma-3b-mix-224"},
 )

@@ -46,6 +46,7 @@ QWEN2_5_VL = Family(
     module_class="Qwen2_5_VLForConditionalGeneration",
     image_processor_class="qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
     placeholder="<|image_pad|>",
+    in_format="<|vision_start|><|image_pad|><|vision_end|>",
     process_images=process_images,
     finish=finish,
     adjacent_images=False,
