@@ -5,7 +5,7 @@
 # predicts the answer, every attention head divides its attention among everything before it. This notebook asks how
 # much of it goes to the demonstrations' **images** and how much to their **text**, head by head, and what it carries.
 #
-# It runs offline on the bundled toy model. Replace `"toy"` by the directory of any Qwen2.5-VL checkpoint and the
+# It runs offline on the bundled toy model. Replace `"toy"` by another model (`probe models list`) and the
 # episodes by your own (`probe.read_examples`, `probe.random_episodes`) and the rest stays as it is.
 
 # %%

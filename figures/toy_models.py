@@ -102,7 +102,10 @@ def _draw_heads(figure: go.Figure, toy: dict[str, Any]) -> None:
     ]
     figure.add_heatmap(
         z=change,
-        x=[f"{head}<br>{told[head].replace(' ', '<br>')}" if head in told else head for head in heads],
+        x=[
+            f"{head}<br>{told[head].replace(' ', '<br>')}" if head in told else head.replace("+", "<br>+")
+            for head in heads
+        ],
         y=[c["task"] for c in toy["heads"]],
         text=[[f"{value:.0f}" if abs(value) >= 1.5 else "" for value in row] for row in change],
         texttemplate="%{text}",

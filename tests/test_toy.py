@@ -26,7 +26,7 @@ from probe.toy.evaluate import (
     provoke,
 )
 from probe.toy.reading import Answers, Reader
-from probe.toy.tables import guided_heads, heads_table
+from probe.toy.tables import guided_heads, heads_table, recipe_differences
 from probe.trace.edit import zero_head
 
 NAMES = tuple(BUNDLED)
@@ -87,9 +87,11 @@ def test_the_bundled_model_learns_in_context():
     assert accuracy("toy", "binding-uncued", 8) > 0.8
 
 
-def test_the_control_differs_by_guidance_alone():
-    recipes = [json.loads((BUNDLED[name] / "recipe.json").read_text()) for name in NAMES]
-    assert recipes[1] == {**recipes[0], "guidance": None}
+def test_the_control_differs_by_guidance_and_by_what_the_recipe_gained_since():
+    ours, theirs = (json.loads((BUNDLED[name] / "recipe.json").read_text()) for name in reversed(NAMES))
+    gained = {"describe_items", "narrow", "mislabelled"}
+    assert set(recipe_differences(ours, theirs)) == {"guidance", *gained}
+    assert all(name in (BUNDLED["toy-no-binding"] / "README.md").read_text() for name in gained)
     seen = [probe.load(name).module.model.visual.state_dict() for name in NAMES]
     assert all(torch.equal(seen[0][key].half().float(), seen[1][key]) for key in seen[0])
 

@@ -37,8 +37,8 @@ circuits were seeded in training: it proves tools, and nothing about vision-lang
     "toy-no-binding": """\
 # The control: the bundled model of probe without binding
 
-Trained by the same script on the same episodes, with the same vision tower, as the bundled model; only the guidance of its
-heads was left out ({parameters} parameters, stored in half precision). It recognises tasks from demonstrations and does not bind
+Trained by the same script, with the same vision tower, as the bundled model; the guidance of its heads was left out
+({parameters} parameters, stored in half precision). {else_differs}It recognises tasks from demonstrations and does not bind
 new labels: what a tool reports about binding should be absent here.
 """,
 }
@@ -77,7 +77,7 @@ for the first {end:.0%} of the decoder's training (weights {weights}), on bindin
 ACCURACY = """\
 ## What it can do
 
-Greedy answers on new renders and unseen scans of digits; {n:,} episodes a cell ({most:,} for `describe` with many shots), those of
+Greedy answers on new renders and unseen scans of digits; {n:,} episodes a cell{more}, those of
 seed {seed}, which no choice was made on; 95 % Wilson intervals. Where labels are made up, the query's class is drawn among the demonstrations' (a class that stands
 there twice is twice as likely), so that the answer can be known; with one demonstration it is the only label there is. The
 baselines of who does not look are means over the same episodes.
@@ -155,13 +155,16 @@ def write_card(directory: Path) -> str:
     with safe_open(directory / "model.safetensors", "np") as file:
         sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 - it is no dictionary
     seed, n = main["seed"], main["accuracy"][0]["n"]
+    most = max(cell["n"] for cell in main["accuracy"])
     seeds = [f"training seed {result['recipe']['seed']}" for result in (main, *others)]
     parts = [
         HEADER,
-        OPENING[name].format(parameters=f"{sum(math.prod(size) for size in sizes):,}"),
+        OPENING[name].format(
+            parameters=f"{sum(math.prod(size) for size in sizes):,}", else_differs=_else_differs(main["recipe"])
+        ),
         BEGIN,
         recipe_words(main["recipe"]),
-        ACCURACY.format(n=n, seed=seed, most=max(cell["n"] for cell in main["accuracy"])),
+        ACCURACY.format(n=n, seed=seed, more=f" ({most:,} for `describe` with 8 and 16 shots)" if most > n else ""),
     ]
     for title, result in zip(seeds, (main, *others), strict=True):
         if (result["seed"], result["accuracy"][0]["n"]) != (seed, n):
@@ -190,6 +193,13 @@ def write_card(directory: Path) -> str:
         ),
     ]
     return "\n".join(parts)
+
+
+def _else_differs(recipe: dict[str, Any]) -> str:
+    """What sets a recipe apart from the bundled model's besides guidance and seed, in a sentence; empty if nothing."""
+    bundled = json.loads((EVALUATIONS / "toy.json").read_text())["recipe"]
+    names = [name for name in tables.recipe_differences(recipe, bundled) if name not in ("guidance", "seed")]
+    return f"Its training is an earlier one, without {', '.join(names)} of the recipe. " if names else ""
 
 
 def _control_table(main: dict[str, Any]) -> str:

@@ -33,6 +33,13 @@ def guided_heads(recipe: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def recipe_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The choices in which two recipes differ, those within a mixture by their own names."""
+    flat = [{**{k: v for k, v in r.items() if k != "mixture"}, **r["mixture"]} for r in (ours, theirs)]
+    names = dict.fromkeys([*flat[0], *flat[1]])
+    return [name for name in names if flat[0].get(name) != flat[1].get(name)]
+
+
 def accuracy_table(result: dict[str, Any]) -> str:
     """Accuracy by task and shots, with the baselines of the binding tasks."""
     shares = Shares(result)
