@@ -92,7 +92,7 @@ another episode gives, which asks for the same attribute in the same language.
 """
 
 ONE_QUESTION = """\
-In training, half of the vqa episodes that ask the same throughout are flipped. Where all eight demonstrations ask what the
+In training, {flipped:.0%} of the vqa episodes that ask the same throughout are flipped. Where all eight demonstrations ask what the
 query asks and are right, accuracy is {shown} if the query's answer is among theirs and {hidden} if it is not (most of these
 ask for the kind, which has 18 values).
 """
@@ -170,7 +170,7 @@ def write_card(directory: Path) -> str:
         if (result["seed"], result["accuracy"][0]["n"]) != (seed, n):
             raise SystemExit(f"The evaluations of {name} are not of the same episodes; evaluate all of them alike.")
         parts += [f"{title.capitalize()}:\n", tables.accuracy_table(result)]
-    question = main["one_question"][0]
+    question, mixture = main["one_question"][0], main["recipe"]["mixture"]
     parts += [
         f"By attribute, and on pairs of colour and kind that were held out (eight shots, {seeds[0]}):\n",
         tables.novel_table(main),
@@ -178,7 +178,9 @@ def write_card(directory: Path) -> str:
         COPYING,
         tables.copying_table(main),
         ONE_QUESTION.format(
-            shown=tables.share(question["answer_shown"]), hidden=tables.share(question["answer_not_shown"])
+            flipped=mixture["flipped"] / (mixture["flipped"] + mixture.get("narrow", 0.0)),
+            shown=tables.share(question["answer_shown"]),
+            hidden=tables.share(question["answer_not_shown"]),
         ),
         HEADS.format(n=main["heads"][0]["n"], seed=main["recipe"]["seed"], least=tables.least_change(main)),
         tables.heads_table(main),
