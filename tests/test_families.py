@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import weakref
 from functools import cache
 from typing import Any
 
@@ -21,7 +23,8 @@ from probe.measures import mass
 from probe.models.families import FAMILIES
 from probe.models.load import load
 from probe.models.model import Model
-from probe.models.token_map import ROLES
+from probe.models.oracle import naive_attention, observed
+from probe.models.token_map import ROLES, segments_for
 from probe.trace.edit import Edit
 from probe.trace.generate import generate
 from tests import model_matrix
@@ -332,10 +335,56 @@ def test_contribution_is_what_is_added_where_a_norm_follows():
         size = model.output_size(layer, heads)
         written = heads.transpose(1, 2).flatten(2) @ model.output_weight(layer).T / size[..., None]
         torch.testing.assert_close(written, seen["added"][:, at[0]], atol=1e-5, rtol=1e-5)
-    result = attention_map(model, EPISODES[:1], layers=[0])
-    one = torch.zeros(1, model.n_heads, 1, model.head_dim)
-    assert model.output_size(0, one + 1) is not None
-    assert float(result["contribution"].isel(row=0).max()) < 3 * model.text_config.hidden_size**0.5
+
+
+def test_contribution_behind_a_norm_equals_a_plain_loop():
+    """By segment and head: ``(1 + w) W_O z_s / rms``, with attention written down as in the textbook."""
+    model = model_of("gemma3")
+    encoding = model.encode(EPISODES[0])
+    batch = model.batch([encoding])
+    result = attention_map(model, EPISODES[:1]).isel(episode=0).sel(row="answer")
+    index = encoding.token_map.segment_index(segments_for(EPISODES[0].shots))
+    at = encoding.n_prompt - 1
+
+    def compare(site, q, k, v, mask, scale):
+        attention = naive_attention(q, k, mask, scale, torch.tensor([[at]]), causal=True)[0, :, 0].float()
+        values = v[0].repeat_interleave(q.shape[1] // v.shape[1], 0)
+        block = model.layers[site.layer]
+        projection = block.self_attn.o_proj.weight.unflatten(1, (model.n_heads, -1))
+        parts = torch.stack(
+            [
+                torch.stack(
+                    [
+                        projection[:, h] @ (attention[h, index == s] @ values[h, index == s])
+                        for h in range(model.n_heads)
+                    ]
+                )
+                for s in range(result.sizes["segment"])
+            ]
+        )  # [segment, head, hidden]
+        whole = parts.sum((0, 1))
+        norm = block.post_attention_layernorm
+        added = parts * (1 + norm.weight) / (whole.square().mean() + norm.eps).sqrt()
+        ours = result["contribution"].sel(layer=site.layer).transpose("segment", "head").values
+        np.testing.assert_allclose(np.nan_to_num(ours), added.norm(dim=-1).detach(), rtol=1e-4, atol=1e-5)
+        seen.append(site.layer)
+
+    seen: list[int] = []
+    with observed(model, compare), torch.no_grad():
+        model.module(**batch.inputs, use_cache=False)
+    assert seen == list(range(model.n_layers))
+
+
+def test_a_certified_model_is_freed():
+    """Nothing that transformers keeps of the oracle keeps the model."""
+    made = build("llava")
+    made.processor.chat_template = made.chat_template
+    model = load(made.module, processor=made.processor)
+    assert all(check.passed for check in certify(model))
+    gone = weakref.ref(made.module)
+    del made, model
+    gc.collect()
+    assert gone() is None
 
 
 def test_softcapped_attention_is_refused():

@@ -215,10 +215,14 @@ def test_an_evaluation_has_every_cell_and_is_the_same_in_one_process_and_two(tmp
     cells = tmp_path / "cells"
     one = evaluate(BUNDLED["toy"], plan, 1, cells)
     # Interrupted after ten cells, while it wrote the eleventh; another plan's cells are not its own.
-    lines = cells.read_text().splitlines()
+    lines = cells.read_text().strip().splitlines()
     other = lines[10].replace("seed=9", "seed=8").replace('"right": ', '"right": 9')
-    cells.write_text("\n".join([*lines[:10], other, lines[11][:20]]) + "\n")
+    cells.write_text("\n".join([*lines[:10], other, lines[11][:20]]))
     assert evaluate(BUNDLED["toy"], plan, 2, cells) == one
+    # And once more, behind the line that was cut: nothing is left to measure.
+    assert len(cells.read_text().splitlines()) == 12 + len(lines) - 10
+    assert evaluate(BUNDLED["toy"], plan, 1, cells) == one
+    assert len(cells.read_text().splitlines()) == 12 + len(lines) - 10
     assert {cell["task"] for cell in one["heads"]} == set(TASKS)
     assert len(one["accuracy"]) == 6 * len(TASKS)
     assert len(bars(one)) > 20

@@ -13,7 +13,7 @@ from PIL import Image
 
 from probe.data.example import Episode
 from probe.models.encoding import Encoding
-from probe.models.token_map import ROLES, Segment
+from probe.models.token_map import ROLES, Segment, TokenMap
 from probe.scoring.exact import exact_match
 
 Rows = Literal["answer", "demo-answers", "all"]
@@ -61,17 +61,10 @@ class Plan:
             *(encoding.token_map.where("answer", i).tolist() for i in demonstrations),
         ]
 
-    def count_vision(self, encoding: Encoding) -> NDArray[np.int64]:
-        """How many keys on the vision axis each segment holds."""
-        if encoding.vision_map is None:
-            return np.zeros(len(self.segments), np.int64)
-        index = encoding.vision_map.segment_index(self.segments)
+    def count(self, token_map: TokenMap | None) -> NDArray[np.int64]:
+        """How many keys of one axis each segment holds; none where an episode has no such axis."""
+        index = token_map.segment_index(self.segments) if token_map is not None else np.zeros(0, np.int64)
         return np.bincount(index[index >= 0], minlength=len(self.segments))
-
-    def count(self, encoding: Encoding, stop: int) -> NDArray[np.int64]:
-        """How many of the first ``stop`` positions each segment holds."""
-        index = encoding.token_map.segment_index(self.segments)[:stop]
-        return np.bincount(index, minlength=len(self.segments))
 
 
 def label(
@@ -100,7 +93,7 @@ def label(
     xarray.Dataset
         What an episode lacks (a segment, a row) is NaN.
     """
-    n_tokens = np.stack([plan.count(encoding, len(encoding)) for encoding in encodings])
+    n_tokens = np.stack([plan.count(encoding.token_map) for encoding in encodings])
     positions = [plan.positions(encoding) for encoding in encodings]
     n_positions = np.array([[len(group) for group in rows] for rows in positions])
     given = (n_positions > 0)[:, :, None, None]
@@ -171,7 +164,7 @@ def label_cross(
     xarray.Dataset
         NaN where an episode lacks an image, or a row can see none.
     """
-    n_tokens = np.stack([plan.count_vision(encoding) for encoding in encodings])
+    n_tokens = np.stack([plan.count(encoding.vision_map) for encoding in encodings])
     if values is None:  # then nothing is there, whatever the numbers
         shape = (len(encodings), len(plan.cross_layers), len(plan.row_labels), n_heads, len(plan.segments))
         nothing = np.full(shape, np.nan, np.float32)
@@ -212,7 +205,7 @@ def label_tokens(
     """
     flat = []
     for values, encoding, pad in zip(mass, encodings, pads, strict=True):
-        there = plan.count(encoding, len(encoding)) > 0
+        there = plan.count(encoding.token_map) > 0
         flat.append(np.where(there, values[:, :, pad:].transpose(2, 0, 1, 3), np.float32(np.nan)))
     maps = [encoding.token_map for encoding in encodings]
     return xr.Dataset(

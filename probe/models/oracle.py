@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +34,20 @@ def observed(model: Model, observer: Observer) -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     kernel = model.attention_implementation
-    modules: dict[torch.nn.Module, AttentionSite] = {
-        model.module.get_submodule(site.attention): site for site in model.sites
+    watched: dict[torch.nn.Module, Callable[..., None]] = {
+        model.module.get_submodule(site.attention): partial(observer, site) for site in model.sites
     }
 
     def run(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        if module in modules:
-            observer(modules[module], q, k, v, mask, float(options["scaling"]))
+        if module in watched:
+            watched[module](q, k, v, mask, float(options["scaling"]))
         # An eager kernel is each family's own function, which the registry does not hold.
         function = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, _eager_of(module))
         return function(module, q, k, v, mask, **options)
 
     AttentionInterface.register(NAME, run)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules}
+    configs: dict[int, Any] = {id(module.config): module.config for module in watched}
     try:
         for config in configs.values():
             config._attn_implementation_internal = NAME
@@ -54,6 +55,7 @@ def observed(model: Model, observer: Observer) -> Iterator[None]:
     finally:
         for config in configs.values():
             config._attn_implementation_internal = kernel
+        watched.clear()  # the registry keeps the function, which must not keep the model
 
 
 def _eager_of(module: torch.nn.Module) -> Any:

@@ -298,7 +298,8 @@ def evaluate(directory: Path, plan: Plan, processes: int = 2, cells: Path | None
             done[number] = future.result()
             if cells is not None:
                 with cells.open("a") as file:
-                    file.write(json.dumps({"key": key, "number": number, "cell": done[number]}) + "\n")
+                    # The line break comes first: what an interruption left half written stays a line of its own.
+                    file.write("\n" + json.dumps({"key": key, "number": number, "cell": done[number]}))
             if not sys.stderr.isatty():
                 sys.stderr.write(f"{len(done)} of {len(named)} cells\n")
     for number, (part, _) in enumerate(named):
@@ -308,9 +309,15 @@ def evaluate(directory: Path, plan: Plan, processes: int = 2, cells: Path | None
 
 def _kept(cells: Path | None, key: str) -> dict[int, dict[str, Any]]:
     """Finished cells of an earlier evaluation of the same weights by the same plan."""
-    lines = cells.read_text().splitlines() if cells is not None and cells.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}}")]  # the last may be half written
-    return {entry["number"]: entry["cell"] for entry in found if entry["key"] == key}
+    found: dict[int, dict[str, Any]] = {}
+    for line in cells.read_text().splitlines() if cells is not None and cells.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # half written; its cell is measured again
+            continue
+        if entry["key"] == key:
+            found[entry["number"]] = entry["cell"]
+    return found
 
 
 def main() -> None:
