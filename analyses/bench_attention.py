@@ -34,7 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from probe.experiments.attention_map import BatchRows, Keys, make_reducer
+from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
 from probe.measures.mass import one_hot_segments
 from probe.models.encoding import Batch
 from probe.models.load import load

@@ -14,6 +14,7 @@ from probe.data.example import Episode, Example
 from probe.errors import ProbeError, UsageError
 from probe.experiments import attention_map as experiment
 from probe.experiments.attention_map import attention_map
+from probe.measures import mass
 from probe.models.load import load
 from probe.models.token_map import segments_for
 from tests.tiny_qwen import make_episode, make_module, make_processor, picture
@@ -148,7 +149,6 @@ def test_missing_is_missing_and_not_zero():
 
 
 def test_padding_gets_exactly_nothing():
-    from probe.measures import mass
     from probe.trace.read import read
 
     model, _ = models()
@@ -191,8 +191,8 @@ def test_patch_mass_lies_on_the_right_patches():
 def test_a_wrong_recording_is_refused(monkeypatch):
     """If q, k, v do not give back the head outputs, nothing is reported."""
     model, _ = models()
-    true = experiment.measure.row_attention
-    monkeypatch.setattr(experiment.measure, "row_attention", lambda q, *rest: true(q * 1.001, *rest))
+    true = mass.row_attention
+    monkeypatch.setattr(mass, "row_attention", lambda q, *rest: true(q * 1.001, *rest))
     with pytest.raises(ProbeError, match=r"cannot be rebuilt.*episode episode[12], layer \d is off"):
         attention_map(model, EPISODES[:2])
 

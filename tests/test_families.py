@@ -493,3 +493,9 @@ def test_the_check_of_padding_notices_positions_that_count_padding(monkeypatch):
     wrong = certification.replace_case(case, [0, 1, 2], batch)
     assert not certification.check_alone(wrong).passed
     assert certification.check_alone(case).passed
+
+
+@pytest.mark.parametrize("kind", ["llava", *CROSS])
+def test_certification_wants_images(kind):
+    with pytest.raises(UsageError, match="episode4 show none"):
+        certify(model_of(kind), [TEXT_ONLY])

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from probe.data.example import Episode, Example
 from probe.data.scenes import Scene, render
+from probe.errors import UsageError
 from probe.experiments.attention_dataset import Plan
-from probe.experiments.attention_map import RESIDUAL_BOUND, BatchRows, Keys, make_reducer
+from probe.experiments.attention_map import RESIDUAL_BOUND
+from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
 from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.models.oracle import naive_attention, observed
@@ -90,6 +92,9 @@ def check_episodes() -> list[Episode]:
 def prepare(model: Model, episodes: Sequence[Episode] | None = None) -> Case:
     """Read the episodes once, with everything recorded."""
     chosen = list(episodes or check_episodes())
+    bare = [episode.id for episode in chosen if not any(example.images for example in episode.examples)]
+    if bare:
+        raise UsageError(f"Certification looks at images; {', '.join(bare)} show none.")
     if model.family.like_images:
         first = sum(len(example.images) for example in chosen[0].examples)
         chosen = [e for e in chosen if sum(len(example.images) for example in e.examples) == first]
@@ -130,6 +135,11 @@ def certify(
     Returns
     -------
     list of Check
+
+    Raises
+    ------
+    UsageError
+        If an episode shows no image.
     """
     case = prepare(model, episodes)
     found = []

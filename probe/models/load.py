@@ -258,9 +258,9 @@ def choose_template(own: str | None, family: Family, prompt: str | None, where: 
     if family.prompt:
         return template_of(family.prompt, family.in_format or family.placeholder), family.prompt
     raise ProbeError(
-        f"{where} holds no chat template (chat_template.jinja, chat_template.json, or chat_template in "
-        f"tokenizer_config.json). Choose a prompt format ({', '.join(FORMATS)}) or give a template of your own "
-        "(--prompt)."
+        f"{where} holds no chat template (chat_template.jinja, or chat_template in chat_template.json, "
+        "processor_config.json or tokenizer_config.json). Choose a prompt format "
+        f"({', '.join(FORMATS)}) or give a template of your own (--prompt)."
     )
 
 
