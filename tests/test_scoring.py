@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from probe.scoring import exact_match, normalise
+from probe.scoring import answer_key, exact_match
 
 
 @pytest.mark.parametrize(
@@ -13,32 +13,30 @@ from probe.scoring import exact_match, normalise
         ("Red", "red"),
         ("  red \n bus\t", "red bus"),
         ('"Red!?"', "red"),
-        (" ' red . ' ", "red"),
         ("The red bus.", "red bus"),
-        ("an 'apple'", "apple"),
+        ("an apple", "apple"),
         ("A\u00a0bus", "bus"),
         ("ÉTÉ", "été"),
-        # inside, nothing is touched
         ("it's 3.5", "it's 3.5"),
-        ("cat and the dog", "cat and the dog"),
         ("theatre", "theatre"),
         ("another", "another"),
-        ("the a", "a"),
         # never to nothing
-        ("A.", "a"),
-        ("the ?", "the"),
+        ("A", "a"),
+        ("the ?", "the ?"),
         ("?", "?"),
+        ("@", "@"),
         ("", ""),
         ("  ", ""),
     ],
 )
-def test_normalise(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+def test_what_answers_are_compared_by(text: str, expected: str) -> None:
+    assert answer_key(text) == expected
 
 
 def test_exact_match_takes_any_accepted_answer() -> None:
     assert exact_match("The bus.", ["coach", "bus"])
     assert exact_match("bus", ("A Bus",))
+    assert exact_match("2 dogs", ["two dogs"])
 
 
 def test_exact_match_refuses_the_rest() -> None:

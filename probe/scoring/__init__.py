@@ -1,5 +1,6 @@
-"""From an answer to a score: pure functions of text (and, later, of log-probabilities), without a model."""
+"""From an answer to a score: pure functions of text, without a model."""
 
-from probe.scoring.exact import exact_match, normalise
+from probe.scoring.exact import answer_key, exact_match
+from probe.scoring.vqa import majority_answer, normalise_vqa, vqa_accuracy
 
-__all__ = ["exact_match", "normalise"]
+__all__ = ["answer_key", "exact_match", "majority_answer", "normalise_vqa", "vqa_accuracy"]

@@ -1,36 +1,29 @@
-"""Exact match: the answer is one of the accepted ones, up to how it is written."""
+"""Exact match: the answer is one of the accepted ones, up to how it is written.
+
+Everything that asks whether two answers say the same (was it right, was it copied, who else gave it) compares them by
+:func:`answer_key`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-PUNCTUATION = ".,;:!?\"'"
-ARTICLES = ("a", "an", "the")
+from probe.scoring.vqa import normalise_vqa
 
 
-def normalise(text: str) -> str:
-    """Reduce an answer to what is compared.
-
-    Lower case; white space inside collapsed to single spaces; punctuation (``.,;:!?"'``) and white space around it
-    removed; one leading article removed. No step leaves nothing of something: ``"A."`` becomes ``"a"`` and ``"?"``
-    stays.
+def answer_key(text: str) -> str:
+    """What answers are compared by: the VQA normalisation; of what it would erase, the text itself in lower case.
 
     Examples
     --------
-    >>> normalise('  "The  red  Bus." ')
-    'red bus'
+    >>> answer_key('  "Two  red Buses." '), answer_key("A"), answer_key("@")
+    ('2 red buses', 'a', '@')
     """
-    words = _bare(" ".join(text.lower().split()))
-    first, _, rest = words.partition(" ")
-    return _bare(rest) if first in ARTICLES and rest else words
+    return normalise_vqa(text) or text.strip().lower()
 
 
-def _bare(text: str) -> str:
-    return text.strip(PUNCTUATION + " ") or text
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the prediction is one of the accepted answers after :func:`normalise`.
+def exact_match(prediction: str, answers: Iterable[str]) -> bool:
+    """Whether the prediction is one of the accepted answers, compared by :func:`answer_key`.
 
     Raises
     ------
@@ -39,4 +32,4 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     """
     if isinstance(answers, str):
         raise TypeError(f"The accepted answers come as a list; wrap {answers!r} in one.")
-    return normalise(prediction) in {normalise(answer) for answer in answers}
+    return answer_key(prediction) in {answer_key(answer) for answer in answers}
