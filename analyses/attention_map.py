@@ -6,7 +6,7 @@
 # much of it goes to the demonstrations' **images** and how much to their **text**, head by head, and what it carries.
 #
 # It runs offline on the bundled toy model. Replace `"toy"` by another model (`probe models list`) and the
-# episodes by your own (`probe.read_examples`, `probe.random_episodes`) and the rest stays as it is.
+# episodes by your own (`probe.read_examples`, `probe.choose`) and the rest stays as it is.
 
 # %%
 import plotly.io as pio

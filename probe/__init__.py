@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probe.data.choose import random_episodes
+    from probe.data.choose import choose
     from probe.data.example import Episode, Example
     from probe.data.manifest import read_manifest, write_manifest
     from probe.data.perturb import perturb
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use, so that `probe --help` loads no torch.
 _HOMES = {
-    "random_episodes": "probe.data.choose",
+    "choose": "probe.data.choose",
     "Episode": "probe.data.example",
     "Example": "probe.data.example",
     "read_manifest": "probe.data.manifest",
@@ -69,12 +69,12 @@ __all__ = [
     "UsageError",
     "attention_map",
     "certify",
+    "choose",
     "load",
     "perturb",
     "plot_attention_map",
     "plot_mass_by_demonstration",
     "plot_overlay",
-    "random_episodes",
     "rank_heads",
     "read",
     "read_examples",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from probe.data.changes import PERTURBATIONS, SYMBOLS, answer_type
 from probe.data.example import Episode, Example
 from probe.data.manifest import read_manifest, write_manifest
-from probe.data.perturb import PERTURBATIONS, SYMBOLS, answer_type, perturb
+from probe.data.perturb import perturb
 from probe.errors import UsageError
 
 
@@ -26,26 +27,35 @@ ANSWERS = (("red", "blue", "green"), ("1", "2", "3"), ("yes", "no", "yes"))
 
 def example(number: int) -> Example:
     kind = number % 3
-    return Example(f"x{number}", (PICTURES[number % 12],), QUESTIONS[kind], (ANSWERS[kind][number // 3 % 3],))
+    question = QUESTIONS[kind] if number < 24 else f"Again: {QUESTIONS[kind].lower()}"
+    return Example(f"x{number}", (PICTURES[number % 12],), question, (ANSWERS[kind][number // 3 % 3],))
 
 
-POOL = [example(i) for i in range(24)]
-EPISODES = [Episode(f"e{i}", tuple(POOL[(5 * i + j) % 24] for j in range(4)), POOL[(5 * i + 4) % 24]) for i in range(4)]
+POOL = [example(i) for i in range(30)]
+EPISODES = [
+    Episode(
+        f"e{i}",
+        tuple(POOL[(5 * i + j) % 24] for j in range(4)),
+        POOL[(5 * i + 4) % 24],
+        info={"target": i, "kept": "yes"},
+    )
+    for i in range(4)
+]
 
 
 @pytest.mark.parametrize("name", [name for name in PERTURBATIONS if name != "declarative"])
 def test_seeded_recorded_and_nothing_changed_in_place(name):
     before = copy.deepcopy([(e.id, [(x.question, x.answers) for x in e.examples]) for e in EPISODES])
-    once, again = perturb(EPISODES, name, seed=3), perturb(EPISODES, name, seed=3)
+    once, again = perturb(EPISODES, name, seed=3, pool=POOL), perturb(EPISODES, name, seed=3, pool=POOL)
     assert [(e.id, [(x.question, x.answers) for x in e.examples]) for e in EPISODES] == before
     for a, b, old in zip(once, again, EPISODES, strict=True):
         assert a.perturbations == (f"{name} (seed 3)",)
+        assert a.info["kept"] == "yes"
         assert [(x.question, x.answers) for x in a.examples] == [(x.question, x.answers) for x in b.examples]
         assert [len(x.images) for x in a.examples] == [len(x.images) for x in old.examples]
     # An episode is the same whatever stands beside it.
     alone = perturb(EPISODES[2:3], name, seed=3, pool=POOL)
-    beside = perturb(EPISODES, name, seed=3, pool=POOL)[2]
-    assert [(x.question, x.answers) for x in alone[0].examples] == [(x.question, x.answers) for x in beside.examples]
+    assert [(x.question, x.answers) for x in alone[0].examples] == [(x.question, x.answers) for x in once[2].examples]
 
 
 @pytest.mark.parametrize(
@@ -171,3 +181,66 @@ def test_what_cannot_be_done_is_said():
         perturb([one], "random-labels", labels=["blue", "green"])
     with pytest.raises(UsageError, match="there are 10 symbols"):
         perturb([one], "abstract-labels", labels=["red", *map(str, range(20))])
+
+
+def test_a_wrong_target_is_wrong_for_the_query_too():
+    for seed in range(20):
+        for old, new in zip(EPISODES, perturb(EPISODES, "wrong-target", seed=seed, pool=POOL), strict=True):
+            target = old.info["target"]
+            wrong = new.demonstrations[target].answer
+            assert wrong not in (*old.demonstrations[target].answers, *old.query.answers)
+            assert answer_type(wrong) == answer_type(old.demonstrations[target].answer)
+            others = [place for place in range(4) if place != target]
+            assert [new.demonstrations[p] for p in others] == [old.demonstrations[p] for p in others]
+    with pytest.raises(UsageError, match=r"e0 has no demonstration that alone .* 'sole'"):
+        perturb([Episode("e0", tuple(POOL[:2]), POOL[3])], "wrong-target", pool=POOL)
+
+
+def test_a_planted_answer_is_given_by_nobody_else():
+    pool = [*POOL, Example("other", (), "What colour?", ("mauve",)), Example("more", (), "How many?", ("44",))]
+    colours = [e for e in EPISODES if all(answer_type(x.answer) != "yes/no" for x in e.demonstrations)]
+    episodes = colours or [Episode("e", (POOL[0], POOL[1]), POOL[3], info={})]
+    places = set()
+    for seed in range(30):
+        for old, new in zip(episodes, perturb(episodes, "planted-answer", seed=seed, pool=pool), strict=True):
+            place, answer = new.info["planted"]["demonstration"], new.info["planted"]["answer"]
+            places.add(place)
+            assert new.demonstrations[place].answers == (answer,)
+            assert answer not in [a for x in old.examples for a in x.answers]
+            assert [x.answer for i, x in enumerate(new.demonstrations) if i != place] == [
+                x.answer for i, x in enumerate(old.demonstrations) if i != place
+            ]
+    assert len(places) > 1
+    with pytest.raises(UsageError, match="no answer of the type 'yes/no' other than no, yes"):
+        perturb([Episode("e", (POOL[2], POOL[5]), POOL[8])], "planted-answer", pool=POOL)
+    with pytest.raises(UsageError, match="no demonstration in which"):
+        perturb([Episode("e", (), POOL[8])], "planted-answer", pool=POOL)
+
+
+def test_the_episodes_own_labels_and_other_symbols():
+    episode = Episode("e", (POOL[0], POOL[3]), POOL[0], info={"label_set": ["green", "red", "blue"]})
+    for seed in range(10):
+        [changed] = perturb([episode], "abstract-labels", seed=seed, symbols=("dax", "wug", "fep", "toma"))
+        meaning = changed.info["mapping"]
+        assert sorted(meaning.values()) == ["blue", "green", "red"]
+        assert list(meaning) == changed.info["label_set"]
+        assert set(meaning) <= {"dax", "wug", "fep", "toma"}
+        for old, new in zip(episode.examples, changed.examples, strict=True):
+            assert meaning[new.answer] == old.answer
+        [stated] = perturb([episode], "stated-labels", seed=seed)
+        words = ", ".join(f"{symbol} for {label}" for symbol, label in stated.info["mapping"].items())
+        assert stated.query.question == f"Answer with {words}. What colour?"
+        assert stated.demonstrations[0].question == "What colour?"
+    with pytest.raises(UsageError, match="3 labels, but there are 2 symbols"):
+        perturb([episode], "abstract-labels", symbols=("a", "b"))
+
+
+def test_another_question_of_the_same_type():
+    for episode in perturb(EPISODES, "other-question", seed=1, pool=POOL):
+        old = next(e for e in EPISODES if e.id == episode.id)
+        asked = [x for x in POOL if x.question == episode.query.question]
+        assert episode.query.question != old.query.question
+        assert any(answer_type(x.answer) == answer_type(old.query.answer) for x in asked)
+        assert episode.query.images == old.query.images
+    with pytest.raises(UsageError, match="no other question than 'What colour"):
+        perturb([Episode("e", (), POOL[0])], "other-question")

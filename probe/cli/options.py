@@ -87,10 +87,10 @@ class Source:
                 f"--shots must be 0 or more and --episodes 1 or more; got {self.shots} and {self.episodes}."
             )
         if self.data is not None:
-            from probe.data.choose import random_episodes
+            from probe.data.choose import choose
             from probe.data.readers import read_examples
 
-            return random_episodes(read_examples(self.data), shots=self.shots, n=self.episodes, seed=self.seed)
+            return choose(read_examples(self.data), shots=self.shots, n=self.episodes, seed=self.seed)
         from probe.data.tasks import synthetic_episodes
 
         return synthetic_episodes(self.task or self.default_task, shots=self.shots, n=self.episodes, seed=self.seed)
