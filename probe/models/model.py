@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,7 +249,12 @@ class Model:
         ProbeError
             If an image cannot be read, or the chat template does not keep the texts as they are.
         """
-        prompt = self.render(episode)
+        return self.encode_answers(episode, [episode.query.answer], images)[0]
+
+    def encode_answers(
+        self, episode: Episode, answers: Sequence[str], images: Sequence[Image.Image] | None = None
+    ) -> list[Encoding]:
+        """The same episode with each of several answers to its query; its images are processed once."""
         opened = list(images) if images is not None else open_images(episode)
         try:
             inputs, tokens = self.family.process_images(self, opened) if opened else ({}, [])
@@ -262,8 +267,12 @@ class Model:
         image_token = self.image_token
         spelled = cast(str, self.tokenizer.convert_ids_to_tokens(image_token)) if image_token is not None else None
         written = [image.text or (spelled or "") * len(image) for image in tokens]
-        expanded = expand_images(prompt, written, spelled, self.family.beside)
-        return tokenise(expanded, self.tokenizer, image_token, tokens, inputs, episode.id)
+        encodings = []
+        for answer in answers:
+            prompt = self.render(replace(episode, query=replace(episode.query, answers=(answer,))))
+            expanded = expand_images(prompt, written, spelled, self.family.beside)
+            encodings.append(tokenise(expanded, self.tokenizer, image_token, tokens, inputs, episode.id))
+        return encodings
 
     def batch(self, encodings: Sequence[Encoding], *, with_answer: bool = True) -> Batch:
         """Pad encodings on the left and move them to the model's device.
