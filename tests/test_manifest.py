@@ -69,7 +69,7 @@ def test_the_format(tmp_path: Path, photos: Path) -> None:
     write_manifest(pair(photos), path)
     red = {"path": "../photos/red.png", "pixels": pixel_hash(Image.new("RGB", (3, 2), "red"))}
     blue = {"path": "../photos/blue.png", "pixels": pixel_hash(Image.new("RGB", (3, 2), "blue"))}
-    both = {"id": "b", "images": [red, blue], "question": 'A\nB "?"\\', "answers": ["x"]}
+    both = {"id": "b", "images": [red, blue], "question": 'A\nB "?"\\', "answers": ["x"], "info": {}}
     assert records(path)[1] == {
         "id": "two",
         "strategy": "given",
@@ -272,6 +272,20 @@ def test_info_comes_back_as_json_has_it(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "m.jsonl")[0].info == {"labels": {"3": "dax"}, "classes": [3]}
 
 
+def test_what_is_known_about_an_example_comes_back(tmp_path: Path) -> None:
+    query = Example("a", (), "?", ("x", "y"), {"answer_type": "other", "answer_confidence": ["yes", "maybe"]})
+    episodes = [Episode("e", (replace(query, info={}),), query)]
+    write_manifest(episodes, tmp_path / "m.jsonl")
+    assert read_manifest(tmp_path / "m.jsonl") == episodes
+    assert episodes_key(episodes) != episodes_key([replace(episodes[0], query=replace(query, info={}))])
+
+
+def test_a_line_by_hand_need_not_say_what_is_known(tmp_path: Path) -> None:
+    write_manifest([Episode("e", (), Example("a", (), "?", ("x",), {"answer_type": "other"}))], tmp_path / "m.jsonl")
+    edit(tmp_path / "m.jsonl", lambda record: record["query"].pop("info"))
+    assert read_manifest(tmp_path / "m.jsonl")[0].query.info == {}
+
+
 def test_ids_are_unique(tmp_path: Path, photos: Path) -> None:
     path = tmp_path / "m.jsonl"
     with pytest.raises(ProbeError, match="'one'"):
@@ -315,6 +329,7 @@ BREAKAGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda r: r["demonstrations"][1].pop("question"), "demonstration 1 lacks question"),
     (lambda r: r["query"].pop("images"), "the query lacks images"),
     (lambda r: r["query"].update(answers=[]), "the query has no answer"),
+    (lambda r: r["query"].update(info=[]), "'info' of the query must be an object"),
     (lambda r: r["query"].update(answers=["x", 3]), "'answers' of the query must be a list of strings"),
     (lambda r: r["demonstrations"][1]["images"][1].pop("pixels"), "image 2 of demonstration 1 lacks pixels"),
     (lambda r: r["demonstrations"][0].update(images=["a.png"]), "image 1 of demonstration 0 is not an object"),

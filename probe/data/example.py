@@ -28,12 +28,16 @@ class Example:
         Shown as it is.
     answers
         All that count as right; the first is the one a demonstration shows.
+    info
+        What the data set says about it (``answer_type``, ``question_type``, …); JSON values only.
     """
 
     id: str
     images: tuple[Picture, ...]
     question: str
     answers: tuple[str, ...]
+    # Left out of the hash, which a dictionary does not have; equal examples have equal hashes all the same.
+    info: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def answer(self) -> str:

@@ -7,8 +7,9 @@ One line is one episode, as JSON::
 
     {"id": …, "strategy": …, "seed": 0, "perturbations": [], "info": {}, "demonstrations": [EXAMPLE], "query": EXAMPLE}
 
-and an example is ``{"id": …, "images": [{"path": …, "pixels": HASH}, …], "question": …, "answers": […]}``. Paths are
-relative to the directory of the manifest, so that a manifest can be moved together with its images.
+and an example is ``{"id": …, "images": [{"path": …, "pixels": HASH}, …], "question": …, "answers": […], "info": {}}``,
+where ``info`` may be left out. Paths are relative to the directory of the manifest, so that a manifest can be moved
+together with its images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from PIL import Image
 
 from probe.data.example import Episode, Example, Picture
 from probe.data.images import image_places, open_image, pixel_hash
-from probe.data.readers import json_lines
+from probe.data.readers import KINDS, json_lines
 from probe.errors import ProbeError, did_you_mean
 from probe.store import write_bytes
 
@@ -42,9 +43,8 @@ _EPISODE = {
     "demonstrations": list,
     "query": dict,
 }
-_EXAMPLE = {"id": str, "images": list, "question": str, "answers": list}
+_EXAMPLE = {"id": str, "images": list, "question": str, "answers": list, "info": dict}
 _IMAGE = {"path": str, "pixels": str}
-_KINDS = {str: "a string", int: "a whole number", list: "a list", dict: "an object"}
 
 
 def write_manifest(episodes: Sequence[Episode], path: Path) -> None:
@@ -117,6 +117,7 @@ def _record(episode: Episode, show_image: Callable[[Picture, str], object]) -> d
             "images": [show_image(image, where) for image, where in image_places(episode, example, index)],
             "question": example.question,
             "answers": list(example.answers),
+            "info": example.info,
         }
         for index, example in enumerate(episode.examples)
     ]
@@ -244,7 +245,7 @@ def _episode(record: dict[str, Any], directory: Path, where: str) -> Episode:
 
 
 def _example(record: Any, directory: Path, noun: str, where: str) -> Example:
-    _check_fields(record, _EXAMPLE, noun, where)
+    _check_fields(record, _EXAMPLE, noun, where, optional=("info",))
     _check_strings(record["answers"], "answers", noun, where)
     if not record["answers"]:
         raise ProbeError(f"{where}: {noun} has no answer; complete the line or write the manifest again.")
@@ -255,21 +256,24 @@ def _example(record: Any, directory: Path, noun: str, where: str) -> Example:
         images=tuple(_located(directory / image["path"]) for image in record["images"]),
         question=record["question"],
         answers=tuple(record["answers"]),
+        info=record.get("info", {}),
     )
 
 
-def _check_fields(record: Any, fields: Mapping[str, type], noun: str, where: str) -> None:
+def _check_fields(
+    record: Any, fields: Mapping[str, type], noun: str, where: str, *, optional: tuple[str, ...] = ()
+) -> None:
     """Refuse a part of a line that lacks a field, has one too many, or one of the wrong type."""
     if not isinstance(record, dict):
         raise ProbeError(f"{where}: {noun} is not an object; complete the line or write the manifest again.")
-    missing = [key for key in fields if key not in record]
+    missing = [key for key in fields if key not in record and key not in optional]
     if missing:
         raise ProbeError(f"{where}: {noun} lacks {', '.join(missing)}; complete the line or write the manifest again.")
     for key, value in record.items():
         if key not in fields:
             raise ProbeError(f"{where}: {noun} has {key!r}, which no manifest has; {did_you_mean(key, tuple(fields))}")
         if type(value) is not fields[key]:  # not isinstance, to which true is a whole number
-            raise ProbeError(f"{where}: {key!r} of {noun} must be {_KINDS[fields[key]]}; correct it.")
+            raise ProbeError(f"{where}: {key!r} of {noun} must be {KINDS[fields[key]]}; correct it.")
 
 
 def _check_strings(values: list[Any], key: str, noun: str, where: str) -> None:

@@ -26,6 +26,9 @@ ANSWER_KEYS = ("answer", "answers")
 SUFFIXES = (".jsonl", ".json-lines")
 METADATA = "metadata.jsonl"
 
+KINDS = {str: "a string", int: "a whole number", list: "a list", dict: "an object"}
+"""What JSON calls the types that fields have."""
+
 
 def read_examples(path: Path) -> list[Example]:
     """Read examples from a file of JSON lines, or from a directory with ``metadata.jsonl``.
@@ -111,7 +114,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ProbeError(f"{where}: this is not JSON ({error}); write one JSON object on each line.") from None
         if not isinstance(record, dict):
-            raise ProbeError(f"{where}: this is {_kind(record)}; write one JSON object, {{…}}, on each line.")
+            raise ProbeError(f"{where}: this is {kind_of(record)}; write one JSON object, {{…}}, on each line.")
         empty = False
         yield number, record
     if empty:
@@ -144,8 +147,8 @@ def _example(record: dict[str, Any], path: Path, number: int) -> Example:
     return Example(
         id=str(name),
         images=_images(record, path, where),
-        question=_texts(question, "question", where, several=False)[0].strip(),
-        answers=tuple(answer.strip() for answer in _texts(answers, key, where)),
+        question=texts(question, "question", where, several=False)[0].strip(),
+        answers=tuple(answer.strip() for answer in texts(answers, key, where)),
     )
 
 
@@ -155,13 +158,24 @@ def _images(record: dict[str, Any], path: Path, where: str) -> tuple[Path, ...]:
         if not any(known in record for known in IMAGE_KEYS):
             _refuse_misnamed(record, where)
         return ()
-    images = tuple(path.parent / name for name in _texts(names, key, where))
-    for image in images:
-        # Not Path.is_file, which raises where a cell holds something too long for a path, such as encoded pixels.
-        if not os.path.isfile(image):
-            kind = "is a directory" if os.path.isdir(image) else "does not exist"
-            raise ProbeError(f"{where}: the image {str(image)[:300]} {kind}; paths are relative to {path.parent}.")
-    return images
+    remedy = "write null for an example of text only"
+    return tuple(image_file(path.parent, name, where) for name in texts(names, key, where, remedy=remedy))
+
+
+def image_file(directory: Path, name: str, where: str) -> Path:
+    """The file of an image, which must be there.
+
+    Raises
+    ------
+    ProbeError
+        With ``where``, which names the file and the place that ask for it.
+    """
+    image = directory / name
+    # Not Path.is_file, which raises where a cell holds something too long for a path, such as encoded pixels.
+    if not os.path.isfile(image):
+        kind = "is a directory" if os.path.isdir(image) else "does not exist"
+        raise ProbeError(f"{where}: the image {str(image)[:300]} {kind}; paths are relative to {directory}.")
+    return image
 
 
 def _refuse_misnamed(record: dict[str, Any], where: str) -> None:
@@ -183,24 +197,40 @@ def _one_of(record: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[
     return (present[0], record[present[0]]) if present else (None, None)
 
 
-def _texts(value: Any, key: str, where: str, *, several: bool = True) -> tuple[str, ...]:
-    """One string, or a list of strings where ``several``; none may be blank."""
+def texts(
+    value: Any,
+    key: str,
+    where: str,
+    *,
+    several: bool = True,
+    blank: bool = False,
+    remedy: str = "take the example out",
+) -> tuple[str, ...]:
+    """One string, or a list of strings where ``several``.
+
+    Raises
+    ------
+    ProbeError
+        With ``where``, which names file and place, and ``key``, the field: if it is of another type, or empty (a single
+        text may be ``blank`` if that is allowed), or no text that could be written to a file. ``remedy`` is what to do
+        instead of filling it in.
+    """
     values = value if several and isinstance(value, list) else [value]
     expected = "a string or a list of strings" if several else "a string"
     for text in values:
         if not isinstance(text, str):
-            raise ProbeError(f"{where}: {key} must be {expected}, found {_kind(text)}; correct it.")
-    if not values or not all(text.strip() for text in values):
-        hint = "write null for an example of text only" if key in IMAGE_KEYS else "take the line out"
-        raise ProbeError(f"{where}: {key} is empty; fill it in or {hint}.")
-    if any("\ud800" <= letter <= "\udfff" for text in values for letter in text):
+            raise ProbeError(f"{where}: {key} must be {expected}, found {kind_of(text)}; correct it.")
+    if not values or not (blank or all(text.strip() for text in values)):
+        raise ProbeError(f"{where}: {key} is empty; fill it in or {remedy}.")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
         raise ProbeError(
             f"{where}: {key} holds half of a character (a lone surrogate such as \\ud83d); write it whole."
-        )
+        ) from None
     return tuple(values)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Say what JSON calls a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return (KINDS | {int: "a number", bool: "true or false", type(None): "null"}).get(type(value), "a number")
