@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -68,18 +69,42 @@ def locate(name: str | Path, *, weights: bool = True) -> Located:
     ProbeError
         If the model cannot be fetched.
     """
+    directory, origin = find(name, weights=weights, check=family_of)
+    return Located(str(name), directory, family_of(directory, str(name)), origin)
+
+
+def find(
+    name: str | Path, *, weights: bool = True, check: Callable[[Path, str], object] | None = None
+) -> tuple[Path, str]:
+    """The directory of any checkpoint, whatever its family, and ``owner/name@commit`` if it is from the Hub.
+
+    Parameters
+    ----------
+    name, weights
+        As in :func:`locate`.
+    check
+        Called with a directory that holds ``config.json`` and with what to call the checkpoint, before its weights are
+        fetched; what it raises passes through.
+
+    Raises
+    ------
+    UsageError
+        If the name means nothing.
+    ProbeError
+        If the checkpoint cannot be fetched.
+    """
     text = str(name)
-    if text in BUNDLED:
-        if not BUNDLED[text].is_dir():
-            raise ProbeError(f"The bundled model is not installed at {BUNDLED[text]}; install probe again.")
-        return Located(text, BUNDLED[text], family_of(BUNDLED[text], text))
     if text in ALIASES:
-        return _from_hub(text, ALIASES[text], weights)
-    directory = Path(name).expanduser()
+        return _from_hub(text, ALIASES[text], weights, check)
+    directory = BUNDLED.get(text) or Path(name).expanduser()
+    if text in BUNDLED and not directory.is_dir():
+        raise ProbeError(f"The bundled model is not installed at {directory}; install probe again.")
     if directory.is_dir():
-        return Located(text, directory, family_of(directory, text))
+        if check:
+            check(directory, text)
+        return directory, ""
     if isinstance(name, str) and not directory.exists() and _REPOSITORY.fullmatch(text):
-        return _from_hub(text, text, weights)
+        return _from_hub(text, text, weights, check)
     what = "is a file" if directory.exists() else "is neither a known model nor a directory"
     close = get_close_matches(text, (*BUNDLED, *ALIASES), n=1)
     raise UsageError(
@@ -107,7 +132,7 @@ def family_of(directory: Path, name: str) -> Family:
     return FAMILIES[kind]
 
 
-def _from_hub(name: str, address: str, weights: bool) -> Located:
+def _from_hub(name: str, address: str, weights: bool, check: Callable[[Path, str], object] | None) -> tuple[Path, str]:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     repository, _, revision = address.partition("@")
@@ -139,7 +164,9 @@ def _from_hub(name: str, address: str, weights: bool) -> Located:
     )
     try:
         config = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-        commit, family = config.parent.name, family_of(config.parent, what)
+        commit = config.parent.name
+        if check:
+            check(config.parent, what)
         left_out = UNWANTED if weights else (*UNWANTED, "*.safetensors")
         directory = snapshot_download(
             repository, revision=commit, allow_patterns=list(WANTED), ignore_patterns=list(left_out)
@@ -150,4 +177,4 @@ def _from_hub(name: str, address: str, weights: bool) -> Located:
                 raise refusal(sentence) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProbeError(f"{what} cannot be fetched: {reason}") from error
-    return Located(name, Path(directory), family, f"{repository}@{commit}")
+    return Path(directory), f"{repository}@{commit}"

@@ -1,0 +1,104 @@
+"""From examples and encoders to the vectors in which :func:`probe.choose` compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probe.data.choose import Space
+from probe.data.example import Example
+from probe.data.strategies import STRATEGIES, Key
+from probe.errors import UsageError
+from probe.models.encoders import Encoder
+
+
+def embed(
+    pool: Sequence[Example],
+    queries: Sequence[Example] | None = None,
+    *,
+    strategies: Sequence[str],
+    images: Encoder | None = None,
+    texts: Encoder | None = None,
+    pseudo_answers: Mapping[str, str] | None = None,
+) -> dict[Key, Space]:
+    """Encode what the strategies compare.
+
+    An example with several images has the mean of their vectors, each at unit length. Question and answer are one text,
+    with a space between them.
+
+    Parameters
+    ----------
+    pool
+        From which demonstrations will come.
+    queries
+        What will be asked; default: the pool itself.
+    strategies
+        Of :data:`probe.data.strategies.STRATEGIES`.
+    images, texts
+        Encoders (:mod:`probe.models.encoders`); only those that the strategies need.
+    pseudo_answers
+        Answers by the queries' ids that take the place of the true ones in ``question+answer``: for ``SQPA``.
+
+    Returns
+    -------
+    dict
+        For the argument ``spaces`` of :func:`probe.choose`.
+
+    Raises
+    ------
+    UsageError
+        If an encoder is missing or cannot see or read, a compared example has no image, or a pseudo answer is missing.
+    """
+    keys = list(dict.fromkeys(key for name in strategies for key in STRATEGIES[name].keys))
+    asked = pool if queries is None else queries
+    spaces: dict[Key, Space] = {}
+    for key in keys:
+        encoder = images if key == "image" else texts
+        if encoder is None:
+            kind = "images" if key == "image" else "texts"
+            raise UsageError(f"{_who(strategies, key)} compares by {key}; give an encoder of {kind}.")
+        if key == "image":
+            of_pool, of_queries = (_of_images(encoder, examples, _who(strategies, key)) for examples in (pool, asked))
+        else:
+            of_pool = _of_texts(encoder, [_text(example, key, None) for example in pool])
+            of_queries = _of_texts(encoder, [_text(example, key, pseudo_answers) for example in asked])
+        spaces[key] = Space(of_pool, of_queries, encoder.name)
+    return spaces
+
+
+def _who(strategies: Sequence[str], key: Key) -> str:
+    return next(name for name in strategies if key in STRATEGIES[name].keys)
+
+
+def _of_images(encoder: Encoder, examples: Sequence[Example], strategy: str) -> NDArray[np.float32]:
+    if encoder.images is None:
+        raise UsageError(f"The encoder {encoder.name} cannot see; {strategy} needs one for images.")
+    blind = next((example for example in examples if not example.images), None)
+    if blind is not None:
+        raise UsageError(f"Example {blind.id!r} has no image, but {strategy} compares images; choose by text.")
+    flat = encoder.images([image for example in examples for image in example.images])
+    unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    ends = np.cumsum([len(example.images) for example in examples])[:-1]
+    return np.stack([part.mean(0) for part in np.split(unit, ends)])
+
+
+def _of_texts(encoder: Encoder, texts: Sequence[str]) -> Any:
+    if encoder.texts is None:
+        raise UsageError(f"The encoder {encoder.name} cannot read; give one for texts.")
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return encoder.texts(list(distinct))[[distinct[text] for text in texts]]
+
+
+def _text(example: Example, key: Key, pseudo_answers: Mapping[str, str] | None) -> str:
+    if key == "question":
+        return example.question
+    if pseudo_answers is None:
+        return f"{example.question} {example.answer}"
+    if example.id not in pseudo_answers:
+        raise UsageError(
+            f"There is no pseudo answer for the query {example.id!r}; answer all queries in a first round."
+        )
+    return f"{example.question} {pseudo_answers[example.id]}"
