@@ -217,7 +217,10 @@ BREAKAGES = [
     (lambda f: break_line(f, 4, '{"image": "photo 1.jpg", "question": "colour?"}'), "line 4"),
     (lambda f: break_line(f, 1, '{"image": "photo 1.jpg", "question": "", "answer": "red"}'), "line 1"),
     (lambda f: (f / "photos.jsonl").write_text(""), "photos.jsonl"),
-    (lambda f: [break_line(f, i, "") for i in range(2, 7)], "2 shots need 2 examples besides the query, but there are 0"),
+    (
+        lambda f: [break_line(f, i, "") for i in range(2, 7)],
+        "2 shots need 2 examples besides the query, but there are 0",
+    ),
 ]
 
 

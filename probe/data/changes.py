@@ -234,8 +234,8 @@ def _abstract_labels(episode: Episode, material: Material, rng: np.random.Genera
     symbols = material.symbols
     if len(labels) > len(symbols):
         raise UsageError(
-            f"Episode {episode.id} has {len(labels)} labels, but there are {len(symbols)} symbols; give more symbols= or "
-            "fewer labels."
+            f"Episode {episode.id} has {len(labels)} labels, but there are {len(symbols)} symbols; give more, or fewer "
+            "labels."
         )
     drawn = rng.permutation(len(symbols))[: len(labels)].tolist()
     mapping = {label: symbols[at] for label, at in zip(labels, drawn, strict=True)}

@@ -21,7 +21,7 @@ A task draws a *rule* for an episode and then items that follow it. :func:`draw_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -271,6 +271,53 @@ def draw_episode(
     rule = DRAW_RULE[task](rng)
     items = draw_items(rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query)
     return DrawnEpisode(rule, tuple(items), tuple(int(rng.integers(2**31)) for _ in items))
+
+
+POOLED = ("vqa", "recognition", "operator", "describe")
+"""Tasks whose examples keep their answers in any company; those of ``binding`` mean something in their episode only."""
+
+
+def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test") -> list[Example]:
+    """Render single examples of a task, to choose demonstrations and queries from.
+
+    Parameters
+    ----------
+    task
+        One of :data:`POOLED`, or its text-only twin (``vqa-text``), which shows the same scenes.
+    n
+        Number of examples.
+    seed
+        Example i of seed s is always the same, whatever ``n``.
+    split
+        As in :func:`synthetic_episodes`.
+
+    Returns
+    -------
+    list of Example
+        ``info["group"]`` is what examples must share to belong into one episode: the hidden rule, or the question.
+
+    Raises
+    ------
+    UsageError
+        If there is no such task, or its examples cannot be pooled.
+    """
+    if task not in TASKS:
+        raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
+    if task.removesuffix(TEXT_SUFFIX) not in POOLED:
+        raise UsageError(
+            f"The examples of {task} cannot be pooled: their words are bound afresh in each episode. Choose "
+            f"{', '.join(POOLED)}, or take whole episodes."
+        )
+    check_request(0, n, seed)
+    examples = []
+    for index in range(n):
+        drawn = draw_episode(task, index, shots=0, seed=seed)
+        rule, item, picture = drawn.rule, drawn.items[0], drawn.pictures[0]
+        shift = None if rule.shift is None else f"plus {rule.shift}"
+        hidden = " ".join(filter(None, (rule.attribute, rule.language if rule.attribute else None, shift)))
+        example = _example(f"{task}-{seed}-{index}", item, task.endswith(TEXT_SUFFIX), picture, split)
+        examples.append(replace(example, info={"group": hidden or item.question}))
+    return examples
 
 
 def _example(name: str, item: Item, as_text: bool, seed: int, split: Split) -> Example:
