@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from probe.data.readers import read_examples
     from probe.data.tasks import synthetic_episodes
     from probe.errors import ProbeError, UsageError
+    from probe.experiments.answering import answering
     from probe.experiments.attention_map import attention_map
     from probe.experiments.certification import certify
+    from probe.experiments.copy_rate import copy_rate
     from probe.experiments.ranking import rank_heads
     from probe.models.load import load
     from probe.models.model import Model
@@ -45,8 +47,10 @@ _HOMES = {
     "synthetic_episodes": "probe.data.tasks",
     "ProbeError": "probe.errors",
     "UsageError": "probe.errors",
+    "answering": "probe.experiments.answering",
     "attention_map": "probe.experiments.attention_map",
     "certify": "probe.experiments.certification",
+    "copy_rate": "probe.experiments.copy_rate",
     "rank_heads": "probe.experiments.ranking",
     "load": "probe.models.load",
     "Model": "probe.models.model",
@@ -67,9 +71,11 @@ __all__ = [
     "ProbeError",
     "TokenMap",
     "UsageError",
+    "answering",
     "attention_map",
     "certify",
     "choose",
+    "copy_rate",
     "load",
     "perturb",
     "plot_attention_map",

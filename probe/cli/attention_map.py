@@ -140,6 +140,7 @@ def _compute(
 
     from probe.data.manifest import SAVED_IMAGES, write_manifest
     from probe.experiments import attention_map as experiment
+    from probe.experiments.answering import check_words
     from probe.models.load import load
 
     disable_progress_bar()  # transformers' own would break into ours
@@ -147,7 +148,7 @@ def _compute(
         model = load(located, dtype=source.dtype, device=source.device, prompt=source.prompt)
         # What the model cannot read is refused before anything is written.
         model.choose_layers(layers)
-        experiment.check_words(model, episodes)
+        check_words(model, episodes)
         for episode in episodes:
             model.render(episode)
         write_manifest(episodes, run.path(MANIFEST))

@@ -18,6 +18,7 @@ from torch import Tensor
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError, did_you_mean
+from probe.experiments.answering import answer_limit, check_words, facts, out_of_memory
 from probe.experiments.attention_dataset import (
     Plan,
     Rows,
@@ -30,17 +31,14 @@ from probe.experiments.attention_dataset import (
 from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
 from probe.models.model import Model
 from probe.models.token_map import segments_for
+from probe.scoring import cut_answer
+from probe.store import Keep
 from probe.trace.generate import generate
 from probe.trace.read import read
 
 RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed.
 In half precision about three times the largest that was found on random models (``analyses/calibrate_dtypes.py``)."""
-
-MAX_UNKNOWN_WORDS = 0.2
-
-Keep = Callable[[str, Callable[[], xr.Dataset]], xr.Dataset]
-"""Gives a part by its name, computing it only if it is not there; :meth:`probe.store.Run.part` is one."""
 
 
 def attention_map(
@@ -73,8 +71,7 @@ def attention_map(
     overlay_episodes
         For how many of the first episodes to keep the attention on every image token, and the images.
     max_new_tokens
-        Length at which the model's own answer is cut; default 8 more than the longest accepted answer, so that no
-        answer that could be accepted is cut.
+        Length at which the model's own answer is cut; default :func:`~probe.experiments.answering.answer_limit`.
     keep
         Keeps finished batches, such as the ``part`` of a run directory.
     progress
@@ -112,10 +109,7 @@ def attention_map(
             f"one with self-attention ({', '.join(map(str, model.choose_layers(None)))})."
         )
     unknown, words = check_words(model, episodes)
-    if max_new_tokens is None:
-        answers = sorted({answer for episode in episodes for answer in episode.query.answers})
-        max_new_tokens = 8 + max(len(ids) for ids in model.tokenizer(answers, add_special_tokens=False)["input_ids"])
-    limit = max_new_tokens
+    limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
     done: list[xr.Dataset] = []
     for start in range(0, len(episodes), batch_size):
         unit = episodes[start : start + batch_size]
@@ -125,10 +119,7 @@ def attention_map(
             try:
                 return _measure(model, unit, plan, n_overlay, limit)
             except torch.OutOfMemoryError as error:
-                raise ProbeError(
-                    f"A batch of {len(unit)} episodes does not fit into the memory of {model.device}; lower the batch "
-                    "size (--batch-size). Batches that are done stay done."
-                ) from error
+                raise out_of_memory(model, len(unit)) from error
 
         done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
         if progress:
@@ -138,24 +129,6 @@ def attention_map(
     result.attrs = _attributes(model, plan, result, n_attempted=len(episodes), unknown_share=unknown / max(words, 1))
     result.attrs["max_new_tokens"] = limit
     return result
-
-
-def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
-    """Count unknown words; refuse data that the model cannot read.
-
-    Returns
-    -------
-    tuple of int
-        Unknown and all tokens of the questions and shown answers.
-    """
-    unknown, words = model.unknown_words(episodes)
-    if unknown > MAX_UNKNOWN_WORDS * words:
-        raise UsageError(
-            f"{unknown} of {words} words of the questions and answers ({unknown / words:.0%}) are unknown to "
-            f"{model.name}, more than {MAX_UNKNOWN_WORDS:.0%}: it would read noise. Choose a model that knows them, "
-            "such as --model DIR."
-        )
-    return unknown, words
 
 
 def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: int, max_new_tokens: int) -> xr.Dataset:
@@ -173,7 +146,7 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
     reading = read(model, batch, ("attention", "heads"), reduce, layers=[*plan.layers, *plan.cross_layers])
     values = _stack(reading.layers, plan.layers)
     answers = generate(model, model.batch(encodings, with_answer=False), max_new_tokens=max_new_tokens)
-    dataset = label(episodes, encodings, plan, values, answers)
+    dataset = label(episodes, encodings, plan, values, [cut_answer(answer) for answer in answers])
     if plan.cross_layers:
         gates = [float(model.gate(layer).abs().mean()) for layer in plan.cross_layers]
         cross = _stack(reading.cross, plan.cross_layers) if reading.cross else None
@@ -234,13 +207,7 @@ def _attributes(
     dtype = str(model.dtype).removeprefix("torch.")
     attributes: dict[str, object] = {
         "experiment": "attention_map",
-        "model": model.name,
-        "model_fingerprint": model.fingerprint,
-        "model_origin": model.origin,
-        "model_family": model.family.name,
-        "dtype": dtype,
-        "attn_implementation": model.attention_implementation,
-        "prompt": model.prompt,
+        **facts(model),
         "rows": plan.rows,
         "answers": "gold",
         "mass_precision": f"mass, contribution, patch_mass: float32; token_mass: {dtype} kernel",
@@ -261,6 +228,4 @@ def _attributes(
         attributes["no_overlay"] = f"the image tokens of {model.family.name} have no place in a grid"
     if n_images:
         attributes["image_scale"] = float(result["image_scale"].mean())
-    if model.caveat:
-        attributes["caveat"] = model.caveat
     return attributes

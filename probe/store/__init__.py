@@ -26,10 +26,11 @@ A run directory belongs to one configuration. Other settings are refused, and so
 """
 
 from probe.store.atomic import read_zarr, write_bytes, write_json, write_text, write_zarr
-from probe.store.run import Run, open_run
+from probe.store.run import Keep, Run, open_run
 from probe.store.stamp import key, stamp
 
 __all__ = [
+    "Keep",
     "Run",
     "key",
     "open_run",

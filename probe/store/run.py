@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RECORD, PARTS, RESULT, LOCK = "run.json", "parts", "result.zarr", ".lock"
+Keep = Callable[[str, Callable[[], "xr.Dataset"]], "xr.Dataset"]
+"""Gives a part by its name, computing it only if it is not there; :meth:`Run.part` is one."""
+
 OWN = (RECORD, PARTS, RESULT, LOCK)
 RUNNING, FINISHED = "running", "finished"
 
