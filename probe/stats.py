@@ -191,6 +191,54 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0, resampl
     return Interval(estimate, float(found.low), float(found.high), n, "BCa bootstrap")
 
 
+def ratio_interval(
+    top: ArrayLike, bottom: ArrayLike, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Percentile bootstrap interval for a ratio of two means over the same episodes.
+
+    The percentiles are of resampled episodes, each with its two values. BCa, as in :func:`mean_interval`, would need
+    the ratio without each episode, which may not exist.
+
+    Parameters
+    ----------
+    top, bottom
+        One number per episode each.
+    level, seed, resamples
+        As in :func:`mean_interval`.
+
+    Returns
+    -------
+    Interval
+        NaN throughout if the mean of ``bottom`` is not above 0. The ends are NaN if that holds in more than half as
+        many resamples as the level leaves outside: the ratio then has no interval.
+
+    Raises
+    ------
+    ValueError
+        If the two do not have equally many values, all finite.
+    """
+    import numpy as np
+
+    _check_level(level)
+    a, b = (np.asarray(values, dtype=np.float64).ravel() for values in (top, bottom))
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("A ratio of means needs two finite numbers for each episode.")
+    n = len(a)
+    if not n or b.mean() <= 0:
+        return Interval(math.nan, math.nan, math.nan, n, "undefined")
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(resamples)
+    for start in range(0, resamples, 500):
+        drawn = rng.integers(n, size=(min(500, resamples - start), n))
+        below = b[drawn].mean(1)
+        ratios[start : start + 500] = np.where(below > 0, a[drawn].mean(1) / np.where(below > 0, below, 1), np.nan)
+    estimate = float(a.mean() / b.mean())
+    if n < 2 or np.isnan(ratios).mean() > (1 - level) / 2:
+        return Interval(estimate, math.nan, math.nan, n, "no interval")
+    low, high = np.nanquantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high), n, "percentile bootstrap")
+
+
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"A level lies between 0 and 1, {level} does not.")
