@@ -84,7 +84,7 @@ def answer_type(answer: str) -> str:
     return "number" if re.fullmatch(r"\d+([.,]\d+)?", text) else "other"
 
 
-def _wrong_answer(
+def wrong_answer(
     episode: Episode, example: Example, material: Material, rng: np.random.Generator, avoid: Sequence[str] = ()
 ) -> str:
     """A wrong answer of the type of the example's own: to the same question if the pool has one."""
@@ -111,7 +111,7 @@ def _with_demonstration(episode: Episode, place: int, answer: str) -> Episode:
 
 def _wrong_answers(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
     for place, example in enumerate(episode.demonstrations):
-        episode = _with_demonstration(episode, place, _wrong_answer(episode, example, material, rng))
+        episode = _with_demonstration(episode, place, wrong_answer(episode, example, material, rng))
     return episode
 
 
@@ -123,7 +123,7 @@ def _wrong_target(episode: Episode, material: Material, rng: np.random.Generator
             "'sole'."
         )
     example = episode.demonstrations[place]
-    answer = _wrong_answer(episode, example, material, rng, avoid=episode.query.answers)
+    answer = wrong_answer(episode, example, material, rng, avoid=episode.query.answers)
     return _with_demonstration(episode, place, answer)
 
 
@@ -132,7 +132,7 @@ def _planted_answer(episode: Episode, material: Material, rng: np.random.Generat
         raise UsageError(f"Episode {episode.id} has no demonstration in which an answer could be planted.")
     place = int(rng.integers(episode.shots))
     avoid = [answer for example in episode.examples for answer in example.answers]
-    answer = _wrong_answer(episode, episode.demonstrations[place], material, rng, avoid)
+    answer = wrong_answer(episode, episode.demonstrations[place], material, rng, avoid)
     planted = {"demonstration": place, "answer": answer}
     return replace(_with_demonstration(episode, place, answer), info={**episode.info, "planted": planted})
 

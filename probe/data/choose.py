@@ -65,6 +65,17 @@ class Space:
     queries: Any
     encoder: str
 
+    def cosine(self, index: int) -> NDArray[np.float64]:
+        """Cosine of one query's vector with all of the pool's, where all have length 1; 0 for a vector of zeros.
+
+        Rounded, so that equal texts and images are equally near however the product was summed up.
+        """
+        import numpy as np
+
+        product = self.pool @ self.queries[index : index + 1].T
+        dense = product.toarray() if hasattr(product, "toarray") else product
+        return np.asarray(dense, dtype=np.float64)[:, 0].round(6)
+
 
 def choose(
     pool: Sequence[Example],
@@ -143,7 +154,7 @@ def choose(
             pool=pool,
             shown=shown,
             taken=shown.with_images_of(query) | ({index} if own else shown.same_as(query)),
-            similarity={key: _cosine(space, index) for key, space in unit.items()},
+            similarity={key: space.cosine(index) for key, space in unit.items()},
             rng=np.random.default_rng((seed, 1, number)),
             distinct=distinct_images or method.distinct,
             candidates=candidates,
@@ -165,7 +176,9 @@ def choose(
         if picked.target is not None:
             info["target"] = places.index(picked.target)
         demonstrations = tuple(pool[place] for place in places)
-        episodes.append(Episode(f"{strategy}-{seed}-{number}", demonstrations, query, strategy, seed, info=info))
+        episodes.append(
+            Episode(f"{strategy}-{shots}shot-{seed}-{number}", demonstrations, query, strategy, seed, info=info)
+        )
     return perturb(episodes, "wrong-target", seed=seed, pool=pool) if method.wrong else episodes
 
 
@@ -193,8 +206,6 @@ def _unit(
     spaces: Mapping[Key, Space], keys: tuple[Key, ...], strategy: str, n_pool: int, n_queries: int
 ) -> dict[Key, Space]:
     """The spaces that a strategy needs, their vectors at unit length."""
-    from sklearn.preprocessing import normalize
-
     unit = {}
     for key in keys:
         if key not in spaces:
@@ -208,20 +219,15 @@ def _unit(
                 f"The vectors for {key} are of {given[0]} pool examples and {given[1]} queries, but there are {n_pool} "
                 f"and {n_queries}; give one for each."
             )
-        unit[key] = Space(normalize(space.pool), normalize(space.queries), space.encoder)
+        unit[key] = unit_space(space)
     return unit
 
 
-def _cosine(space: Space, index: int) -> NDArray[np.float64]:
-    """Cosine of one query's vector with all of the pool's; 0 for a vector of zeros.
+def unit_space(space: Space) -> Space:
+    """The same with vectors of length 1; those of zeros stay."""
+    from sklearn.preprocessing import normalize
 
-    Rounded, so that equal texts and images are equally near however the product was summed up.
-    """
-    import numpy as np
-
-    product = space.pool @ space.queries[index : index + 1].T
-    dense = product.toarray() if hasattr(product, "toarray") else product
-    return np.asarray(dense, dtype=np.float64)[:, 0].round(6)
+    return Space(normalize(space.pool), normalize(space.queries), space.encoder)
 
 
 def _arrange(places: list[int], order: Order, rng: np.random.Generator) -> list[int]:
