@@ -183,7 +183,7 @@ def test_each_strategy_and_number_of_shots_by_itself(answers_as) -> None:
     one, four = (probe.choose(pool(), shots=shots, n=50, seed=1) for shots in (1, 4))
     together = answers_as("last", [*one, *four, *retrieved()])
     summary = summarise_copying(together)
-    assert summary["group"].values.tolist() == ["RS, 1 shots", "RS, 4 shots", "SQA, 3 shots"]
+    assert summary["group"].values.tolist() == ["RS, 1 shot", "RS, 4 shots", "SQA, 3 shots"]
     assert rates(together, 1) == rates(answers_as("last", four))
     assert np.isnan(summary["profile"].isel(group=0, place=2).values).all()
     assert summary["n"].sel(measure="copy_rate").values.tolist() == [50, 50, 120]
@@ -202,7 +202,9 @@ def test_where_no_answer_is_free(answers_as) -> None:
 
 def test_annotators_and_types(answers_as) -> None:
     people = ("red",) * 6 + ("blue",) * 3 + ("green",)
-    examples = [replace(x, answers=people, info={"truth": "blue", "answer_type": "hue"}) for x in pool(40)]
+    examples = [
+        replace(x, answers=people, info={"truth": "blue", "answer_type": "hue", "annotated": True}) for x in pool(40)
+    ]
     result = answers_as("oracle", probe.choose(examples, shots=2, n=20, seed=0))
     assert result["score"].values.tolist() == [pytest.approx(0.9)] * 20
     assert result["correct"].all()

@@ -63,6 +63,7 @@ def vqa(directory: Path, split: str = "val2014", *, images: str = "val2014") -> 
     head = {"info": {"version": "2.0"}, "data_type": "mscoco", "data_subtype": split, "license": {}}
     annotations = [
         {
+            "annotated": True,
             "question_type": "what colour",
             "multiple_choice_answer": "blue",
             "answers": annotators(TIED),
@@ -307,7 +308,7 @@ def test_vizwiz(tmp_path: Path) -> None:
             (tmp_path / "val" / "VizWiz_val_00000001.jpg",),
             "Can you tell me what this medicine is please?",
             ("no", "night time", "no", "night time", "unanswerable"),
-            {"answer_type": "other", "answerable": 1, "answer_confidence": ["yes"] * 5},
+            {"annotated": True, "answer_type": "other", "answerable": 1, "answer_confidence": ["yes"] * 5},
         )
     ]
 

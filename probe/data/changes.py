@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from probe.data.example import Episode, Example, Picture
 from probe.data.images import open_image
+from probe.data.strategies import Shown
 from probe.errors import UsageError
+from probe.scoring import answer_key, exact_match
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,33 +43,76 @@ class Material:
     """
 
     pool: Sequence[Example]
-    labels: Sequence[str] | None
-    sentences: Mapping[str, str]
+    labels: Sequence[str] | None = None
+    sentences: Mapping[str, str] = field(default_factory=dict)
     symbols: Sequence[str] = SYMBOLS
+
+    def draw(self, episode: Episode, suits: Callable[[Example], bool], rng: np.random.Generator) -> Example | None:
+        """An example of the pool that suits, each as probable; never the episode's query, nor one with its image."""
+        taken = self._shown.with_images_of(episode.query) | self._shown.same_as(episode.query)
+        place = _draw(len(self.pool), lambda at: at not in taken and suits(self.pool[at]), rng)
+        return None if place is None else self.pool[place]
+
+    def draw_answer(
+        self, episode: Episode, question: str | None, kind: str, avoid: Collection[str], rng: np.random.Generator
+    ) -> str | None:
+        """An answer of a type that the pool gives (to a question), each as probable; one that only the query gives is
+        none."""
+        own = self._shown.same_as(episode.query)
+        given = self._answers.get((question, kind), {})
+        answers = list(given)
+        place = _draw(
+            len(answers), lambda at: answer_key(answers[at]) not in avoid and not given[answers[at]] <= own, rng
+        )
+        return None if place is None else answers[place]
+
+    @cached_property
+    def _shown(self) -> Shown:
+        return Shown(self.pool)
+
+    @cached_property
+    def _answers(self) -> dict[tuple[str | None, str], dict[str, set[int]]]:
+        """Who gives each answer, by question (``None``: any) and type; in an order that the pool's does not change."""
+        found: dict[tuple[str | None, str], dict[str, set[int]]] = {}
+        for place in sorted(range(len(self.pool)), key=lambda at: self.pool[at].answer):
+            example = self.pool[place]
+            for question in (example.question, None):
+                of_kind = found.setdefault((question, answer_type(example.answer)), {})
+                of_kind.setdefault(example.answer, set()).add(place)
+        return found
+
+
+TRIES = 100
+"""Draws before all places are looked through: pools are large, and nearly all of their examples suit."""
+
+
+def _draw(n: int, suits: Callable[[int], bool], rng: np.random.Generator) -> int | None:
+    """One of the places that suit, each as probable; ``None`` if there is none."""
+    if not n:
+        return None
+    for place in rng.integers(n, size=TRIES).tolist():
+        if suits(place):
+            return int(place)
+    found = [place for place in range(n) if suits(place)]
+    return found[int(rng.integers(len(found)))] if found else None
 
 
 # ------------------------------------------------------------------------------------------- parts of other examples
 
 
-def _others(
-    episode: Episode, example: Example, material: Material, part: Callable[[Example], object], what: str
-) -> list[Example]:
-    """Examples of the pool that differ from ``example`` in a part, the episode's query left out."""
-    found = [other for other in material.pool if other.id != episode.query.id and part(other) != part(example)]
-    if not found:
-        raise UsageError(
-            f"Episode {episode.id}, example {example.id}: no example of the pool has another {what}; give a larger "
-            "pool."
-        )
-    return found
-
-
-def _mismatched(what: str, part: Callable[[Example], object], change: Callable[[Example, Example], Example]) -> Change:
+def _mismatched(
+    what: str, differs: Callable[[Example, Example], bool], change: Callable[[Example, Example], Example]
+) -> Change:
     def apply(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
         made = []
         for example in episode.demonstrations:
-            others = _others(episode, example, material, part, what)
-            made.append(change(example, others[int(rng.integers(len(others)))]))
+            other = material.draw(episode, lambda x, example=example: differs(x, example), rng)  # type: ignore[misc]
+            if other is None:
+                raise UsageError(
+                    f"Episode {episode.id}, example {example.id}: no example of the pool has another {what}; give a "
+                    "larger pool."
+                )
+            made.append(change(example, other))
         return replace(episode, demonstrations=tuple(made))
 
     return apply
@@ -87,25 +133,34 @@ def answer_type(answer: str) -> str:
 def wrong_answer(
     episode: Episode, example: Example, material: Material, rng: np.random.Generator, avoid: Sequence[str] = ()
 ) -> str:
-    """A wrong answer of the type of the example's own: to the same question if the pool has one."""
+    """A wrong answer of the type of the example's own: to the same question if the pool has one.
+
+    For yes it is no, and the reverse, even if some annotators said that too.
+    """
     kind = answer_type(example.answer)
-    accepted = {answer.lower() for answer in (*example.answers, *avoid)}
     if kind == "yes/no":
-        found = [answer for answer in ("no", "yes") if answer not in accepted]
+        wrong = "no" if answer_key(example.answer) == "yes" else "yes"
+        found = wrong if not exact_match(wrong, avoid) else None
     else:
-        wrong = [x for x in material.pool if x.answer.lower() not in accepted and answer_type(x.answer) == kind]
-        found = sorted({x.answer for x in wrong if x.question == example.question}) or sorted({x.answer for x in wrong})
-    if not found:
+        keys = {answer_key(answer) for answer in (*example.answers, *avoid)}
+        found = material.draw_answer(episode, example.question, kind, keys, rng)
+        found = found if found is not None else material.draw_answer(episode, None, kind, keys, rng)
+    if found is None:
         raise UsageError(
-            f"Episode {episode.id}, example {example.id}: the pool has no answer of the type {kind!r} other than "
-            f"{', '.join(sorted(accepted))}; give a larger pool."
+            f"Episode {episode.id}, example {example.id}: no answer of the type {kind!r} is left that would be wrong; "
+            "give a larger pool."
         )
-    return found[int(rng.integers(len(found)))]
+    return found
+
+
+def _answering(example: Example, answers: tuple[str, ...]) -> Example:
+    """With other answers; what the data set says of its own (the annotators' confidence) no longer holds."""
+    return replace(example, answers=answers, info={})
 
 
 def _with_demonstration(episode: Episode, place: int, answer: str) -> Episode:
     changed = list(episode.demonstrations)
-    changed[place] = replace(changed[place], answers=(answer,))
+    changed[place] = _answering(changed[place], (answer,))
     return replace(episode, demonstrations=tuple(changed))
 
 
@@ -206,19 +261,19 @@ def _label_set(episode: Episode, material: Material, least: int = 2) -> list[str
 
 def _random_labels(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
     labels = _label_set(episode, material)
-    made = [replace(x, answers=(labels[int(rng.integers(len(labels)))],)) for x in episode.demonstrations]
+    made = [_answering(x, (labels[int(rng.integers(len(labels)))],)) for x in episode.demonstrations]
     return replace(episode, demonstrations=tuple(made))
 
 
 def _relabel(episode: Episode, mapping: Mapping[str, str]) -> Episode:
     """Exchange every shown answer and the query's; what was true is kept."""
-    made = [replace(example, answers=(mapping[example.answer],)) for example in episode.demonstrations]
+    made = [_answering(example, (mapping[example.answer],)) for example in episode.demonstrations]
     info = {
         **episode.info,
         "gold": episode.info.get("gold", list(episode.query.answers)),
         "label_set": [mapping[label] for label in mapping],
     }
-    query = replace(episode.query, answers=(mapping[episode.query.answer],))
+    query = _answering(episode.query, (mapping[episode.query.answer],))
     return replace(episode, demonstrations=tuple(made), query=query, info=info)
 
 
@@ -261,13 +316,13 @@ def _instruction(episode: Episode, material: Material, rng: np.random.Generator)
 def _other_question(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
     query = episode.query
     kind = answer_type(query.answer)
-    found = sorted({x.question for x in material.pool if answer_type(x.answer) == kind} - {query.question})
-    if not found:
+    other = material.draw(episode, lambda x: x.question != query.question and answer_type(x.answer) == kind, rng)
+    if other is None:
         raise UsageError(
             f"Episode {episode.id}: the pool has no other question than {query.question!r} with an answer of the type "
             f"{kind!r}; give a larger pool."
         )
-    return replace(episode, query=replace(query, question=found[int(rng.integers(len(found)))]))
+    return replace(episode, query=replace(query, question=other.question))
 
 
 def _declarative(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
@@ -285,15 +340,19 @@ def _declarative(episode: Episode, material: Material, rng: np.random.Generator)
 Change = Callable[[Episode, Material, "np.random.Generator"], Episode]
 
 PERTURBATIONS: dict[str, Change] = {
-    "mismatched-image": _mismatched("image", lambda x: x.images, lambda x, other: replace(x, images=other.images)),
-    "mismatched-question": _mismatched(
-        "question", lambda x: x.question, lambda x, other: replace(x, question=other.question)
+    "mismatched-image": _mismatched(
+        "image", lambda x, own: x.images != own.images, lambda x, other: replace(x, images=other.images)
     ),
-    "mismatched-answer": _mismatched("answer", lambda x: x.answer, lambda x, other: replace(x, answers=other.answers)),
+    "mismatched-question": _mismatched(
+        "question", lambda x, own: x.question != own.question, lambda x, other: replace(x, question=other.question)
+    ),
+    "mismatched-answer": _mismatched(
+        "answer", lambda x, own: not exact_match(x.answer, own.answers), lambda x, other: _answering(x, other.answers)
+    ),
     "mismatched-pair": _mismatched(
         "question and answer",
-        lambda x: (x.question, x.answer),
-        lambda x, other: replace(x, question=other.question, answers=other.answers),
+        lambda x, own: x.question != own.question or not exact_match(x.answer, own.answers),
+        lambda x, other: _answering(replace(x, question=other.question), other.answers),
     ),
     "wrong-answers": _wrong_answers,
     "wrong-target": _wrong_target,

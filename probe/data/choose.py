@@ -28,7 +28,7 @@ shot is a context of one demonstration, with more shots it is a context in which
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from probe.data.example import Episode, Example, check_request
@@ -59,11 +59,14 @@ class Space:
         ``[queries, width]``.
     encoder
         What made them; written down in every episode.
+    pseudo_answers
+        Of ``question+answer``: the answers that stand for the queries' true ones, if they do; written down too.
     """
 
     pool: Any
     queries: Any
     encoder: str
+    pseudo_answers: Sequence[str] | None = None
 
     def cosine(self, index: int) -> NDArray[np.float64]:
         """Cosine of one query's vector with all of the pool's, where all have length 1; 0 for a vector of zeros.
@@ -119,8 +122,8 @@ def choose(
     candidates
         Of ``SI-Q``, ``SQ-I``: how many examples, of ``SI-1``: how many images the first criterion leaves.
     spaces
-        Vectors by what they show, as far as the strategy compares it (``STRATEGIES[strategy].keys``). For ``SQPA`` the
-        queries' ``question+answer`` holds the pseudo answers.
+        Vectors by what they show, as far as the strategy compares it (``STRATEGIES[strategy].keys``). ``SQPA`` needs
+        those of pseudo answers, and all others those of the true ones.
 
     Returns
     -------
@@ -173,6 +176,8 @@ def choose(
         if method.keys:
             info["encoders"] = {key: space.encoder for key, space in unit.items()}
             info["similarity"] = {key: near[places].round(6).tolist() for key, near in view.similarity.items()}
+            said = [space.pseudo_answers[index] for space in unit.values() if space.pseudo_answers is not None]
+            info |= {"pseudo_answer": said[0]} if said else {}
         if picked.target is not None:
             info["target"] = places.index(picked.target)
         demonstrations = tuple(pool[place] for place in places)
@@ -219,6 +224,11 @@ def _unit(
                 f"The vectors for {key} are of {given[0]} pool examples and {given[1]} queries, but there are {n_pool} "
                 f"and {n_queries}; give one for each."
             )
+        if key == "question+answer" and (space.pseudo_answers is not None) != (strategy == "SQPA"):
+            raise UsageError(
+                f"{strategy} compares the queries' {'pseudo' if strategy == 'SQPA' else 'true'} answers, but the vectors "
+                "are of the others; make them with embed(strategies=[…]) for it alone."
+            )
         unit[key] = unit_space(space)
     return unit
 
@@ -227,7 +237,7 @@ def unit_space(space: Space) -> Space:
     """The same with vectors of length 1; those of zeros stay."""
     from sklearn.preprocessing import normalize
 
-    return Space(normalize(space.pool), normalize(space.queries), space.encoder)
+    return replace(space, pool=normalize(space.pool), queries=normalize(space.queries))
 
 
 def _arrange(places: list[int], order: Order, rng: np.random.Generator) -> list[int]:

@@ -109,6 +109,34 @@ def episodes_key(episodes: Sequence[Episode]) -> str:
     return digest.hexdigest()[:16]
 
 
+def examples_key(examples: Sequence[Example]) -> str:
+    """Identify a pool or queries: 16 hexadecimal digits, without opening an image file.
+
+    Everything counts that a manifest holds of an example, but an image file by its path, size and time of change: a
+    pool may have a hundred thousand.
+
+    Raises
+    ------
+    ProbeError
+        If an image file is missing or an example holds what JSON cannot.
+    """
+
+    def mark(image: Picture, where: str) -> object:
+        if isinstance(image, Image.Image):
+            return pixel_hash(open_image(image, where=where))
+        try:
+            found = os.stat(image)
+        except OSError as error:
+            raise ProbeError(f"In {where}: there is no image {image} ({error.strerror}); correct the path.") from error
+        return [str(image), found.st_size, found.st_mtime_ns]
+
+    digest = hashlib.sha256()
+    for example in examples:
+        alone = Episode(f"of example {example.id}", (), example)
+        digest.update(_encode(_record(alone, mark), alone))
+    return digest.hexdigest()[:16]
+
+
 def _record(episode: Episode, show_image: Callable[[Picture, str], object]) -> dict[str, Any]:
     """An episode as JSON values; ``show_image`` says what stands for an image."""
     examples = [

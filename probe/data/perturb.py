@@ -1,7 +1,9 @@
 """Changing what demonstrations say: named, seeded transformations of episodes, which compose and are written down.
 
 An episode goes in, another comes out, with the transformation's name and seed at the end of ``perturbations``. What an
-episode becomes depends on its id, the name and the seed, not on the other episodes or on what else was done to it.
+episode becomes depends on its query, its strategy and seed, on the transformation's name and seed, and on the pool: not
+on the number of shots, or on what else was done to it. The pool that is taken by default, all examples of the episodes,
+does depend on which episodes there are.
 
 ======================= ===============================================================================================
 name                    what happens
@@ -53,6 +55,7 @@ def perturb(
     labels: Sequence[str] | None = None,
     sentences: Mapping[str, str] | None = None,
     symbols: Sequence[str] = SYMBOLS,
+    leave_out: bool = False,
 ) -> list[Episode]:
     """Transform every episode.
 
@@ -66,7 +69,7 @@ def perturb(
         Of all draws.
     pool
         Examples from which others are taken (``mismatched-…``, ``wrong-answers``); default: all examples of the
-        episodes. The episode's own query is never taken.
+        episodes. Neither the episode's own query is taken, nor what shows its image.
     labels
         The label set of all that exchange labels; default: that of the episode (``info["label_set"]``, as
         :func:`~probe.data.groups.labelled_episodes` makes them), else the answers that its demonstrations and query
@@ -75,6 +78,10 @@ def perturb(
         For ``declarative``: the sentence for each question.
     symbols
         For ``abstract-labels``: single tokens of the model, if it does not know the default's.
+
+    leave_out
+        Leave out episodes that cannot be changed, instead of raising an error: where both yes and no are given, no
+        other answer is free to plant.
 
     Returns
     -------
@@ -92,15 +99,25 @@ def perturb(
     for name in chosen:
         if name not in PERTURBATIONS:
             raise UsageError(f"There is no perturbation {name!r}; {did_you_mean(name, tuple(PERTURBATIONS))}")
-    import numpy as np
-
     everything = {id(example): example for episode in episodes for example in episode.examples}
     material = Material(list(everything.values()) if pool is None else pool, labels, sentences or {}, symbols)
     done = []
     for episode in episodes:
-        for name in chosen:
-            rng = np.random.default_rng((seed, *(zlib.crc32(text.encode()) for text in (name, episode.id))))
-            changed = PERTURBATIONS[name](episode, material, rng)
-            episode = replace(changed, perturbations=(*episode.perturbations, f"{name} (seed {seed})"))
-        done.append(episode)
+        try:
+            done.append(_apply(chosen, episode, material, seed))
+        except UsageError:
+            if not leave_out:
+                raise
     return done
+
+
+def _apply(names: Sequence[str], episode: Episode, material: Material, seed: int) -> Episode:
+    import numpy as np
+
+    # Not the episode's id, which may tell the number of shots.
+    whose = f"{episode.strategy} {episode.seed} {episode.query.id}"
+    for name in names:
+        rng = np.random.default_rng((seed, *(zlib.crc32(text.encode()) for text in (name, whose))))
+        changed = PERTURBATIONS[name](episode, material, rng)
+        episode = replace(changed, perturbations=(*episode.perturbations, f"{name} (seed {seed})"))
+    return episode

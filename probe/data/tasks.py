@@ -277,6 +277,10 @@ POOLED = ("vqa", "recognition", "operator", "describe")
 """Tasks whose examples keep their answers in any company; those of ``binding`` mean something in their episode only."""
 
 
+SELF_CONTAINED = ("vqa", "describe")
+"""Of these, the tasks whose question tells all, so that any examples can stand in one episode."""
+
+
 def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test") -> list[Example]:
     """Render single examples of a task, to choose demonstrations and queries from.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from probe.data.example import Episode
+from probe.data.example import Episode, Example
 from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError, did_you_mean
 from probe.models.model import Model
@@ -21,9 +21,6 @@ from probe.scoring import cut_answer, exact_match, vqa_accuracy
 from probe.store import Keep
 from probe.trace.generate import generate
 from probe.trace.likelihood import likelihoods
-
-ANNOTATORS = 4
-"""From so many accepted answers on, the score is VQA accuracy: they are annotations and not variants."""
 
 MAX_UNKNOWN_WORDS = 0.2
 
@@ -68,7 +65,7 @@ def answering(
     -------
     xarray.Dataset
         Over ``episode``: ``prediction``, ``gold``, ``correct`` (exact match with any accepted answer), ``score`` (VQA
-        accuracy where four or more annotators answered, else the same as ``correct``). With ``gold``:
+        accuracy where the data set has annotators, else the same as ``correct``). With ``gold``:
         ``log_probability`` (nats, summed over the tokens of the gold answer) and ``n_answer_tokens``. With ``labels``
         also ``choice`` and ``choice_normalised``, the most probable label by the sum and by the mean over tokens,
         ``n_labels``, and ``shared_first_token``: whether two labels begin with the same token. Coordinates:
@@ -115,7 +112,7 @@ def _answer(model: Model, episodes: Sequence[Episode], probable: Probable, max_n
         "prediction": ("episode", np.array(predictions, dtype=str)),
         "gold": ("episode", np.array([episode.query.answer for episode in episodes], dtype=str)),
         "correct": ("episode", [exact_match(p, e.query.answers) for p, e in zip(predictions, episodes, strict=True)]),
-        "score": ("episode", [score(p, e.query.answers) for p, e in zip(predictions, episodes, strict=True)]),
+        "score": ("episode", [score(p, e.query) for p, e in zip(predictions, episodes, strict=True)]),
     }
     if probable != "nothing":
         values |= _probabilities(model, episodes, closed=probable == "labels")
@@ -167,11 +164,11 @@ def label_set(episode: Episode) -> list[str]:
     return list(labels)
 
 
-def score(prediction: str, accepted: Sequence[str]) -> float:
-    """VQA accuracy where several annotators answered, else exact match; 0 to 1."""
-    return (
-        vqa_accuracy(prediction, accepted) if len(accepted) >= ANNOTATORS else float(exact_match(prediction, accepted))
-    )
+def score(prediction: str, query: Example) -> float:
+    """VQA accuracy where the answers are those of annotators (``info["annotated"]``), else exact match; 0 to 1."""
+    if query.info.get("annotated"):
+        return vqa_accuracy(prediction, query.answers)
+    return float(exact_match(prediction, query.answers))
 
 
 def answer_limit(model: Model, episodes: Sequence[Episode]) -> int:

@@ -71,24 +71,25 @@ def copy_rate(
     Raises
     ------
     UsageError
-        If there is no demonstration anywhere.
+        If there is no demonstration anywhere, or two episodes have the same id.
     """
     if not any(episode.shots for episode in episodes):
         raise UsageError("There are no demonstrations to copy from; ask for one shot or more.")
+    if len({episode.id for episode in episodes}) < len(episodes):
+        raise UsageError("Two episodes have the same id; results could not be told apart.")
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "keep": keep}
     result = answering(model, episodes, name="as-is-", progress=progress, **options)  # type: ignore[arg-type]
     result = result.merge(_measured(result, episodes))
     if counterfactual:
-        planted = [_plant(episode, pool or _everyone(episodes), seed) for episode in episodes]
-        places = [place for place, episode in enumerate(planted) if episode is not None]
-        changed = [episode for episode in planted if episode is not None]
+        material = pool or list({id(x): x for episode in episodes for x in episode.examples}.values())
+        changed = perturb(episodes, "planted-answer", seed=seed, pool=material, leave_out=True)
 
         def onward(done: int) -> None:
             if progress:
                 progress(len(episodes) + done)
 
         after = answering(model, changed, name="planted-", progress=onward, **options) if changed else None  # type: ignore[arg-type]
-        result = result.merge(_compared(result, changed, places, after))
+        result = result.merge(_compared(result, changed, after))
     result.attrs |= {"experiment": "copy_rate", "counterfactual": int(counterfactual), "planting_seed": seed}
     return result
 
@@ -96,10 +97,6 @@ def copy_rate(
 def n_readings(episodes: Sequence[Episode], *, counterfactual: bool) -> int:
     """How many episodes :func:`copy_rate` reads at most."""
     return len(episodes) * (1 + counterfactual)
-
-
-def _everyone(episodes: Sequence[Episode]) -> list[Example]:
-    return list({id(example): example for episode in episodes for example in episode.examples}.values())
 
 
 def _measured(result: xr.Dataset, episodes: Sequence[Episode]) -> xr.Dataset:
@@ -124,12 +121,11 @@ def _measured(result: xr.Dataset, episodes: Sequence[Episode]) -> xr.Dataset:
                 array[places] = getattr(measured, name)
         for place, vote in zip(places, measured.majority, strict=True):
             majority[place] = vote
-    accepted = [episode.query.answers for episode in episodes]
     return xr.Dataset(
         {
             **{name: ("episode", array) for name, array in values.items()},
             "majority": ("episode", np.array(majority, dtype=str)),
-            "majority_score": ("episode", [score(vote, a) for vote, a in zip(majority, accepted, strict=True)]),
+            "majority_score": ("episode", [score(vote, e.query) for vote, e in zip(majority, episodes, strict=True)]),
             "answer_type": ("episode", np.array([_type_of(episode.query) for episode in episodes], dtype=str)),
         },
         coords={"episode": result["episode"]},
@@ -141,24 +137,16 @@ def _type_of(example: Example) -> str:
     return str(example.info.get("answer_type") or answer_type(example.answer))
 
 
-def _plant(episode: Episode, pool: Sequence[Example], seed: int) -> Episode | None:
-    """The episode with a planted answer; ``None`` where no answer is free, as where both yes and no are given."""
-    try:
-        return perturb([episode], "planted-answer", seed=seed, pool=pool)[0]
-    except UsageError:
-        return None
-
-
-def _compared(
-    result: xr.Dataset, changed: Sequence[Episode], places: Sequence[int], after: xr.Dataset | None
-) -> xr.Dataset:
+def _compared(result: xr.Dataset, changed: Sequence[Episode], after: xr.Dataset | None) -> xr.Dataset:
     """What was said before and after planting."""
     n = result.sizes["episode"]
     said = {name: np.full(n, np.nan) for name in ("planted_before", "planted_after")}
     texts = {name: [""] * n for name in ("planted", "after")}
     where = np.full(n, NOWHERE)
-    for number, (place, episode) in enumerate(zip(places, changed, strict=True)):
+    places = {name: place for place, name in enumerate(result["episode"].values.tolist())}
+    for number, episode in enumerate(changed):
         assert after is not None
+        place = places[episode.id]
         answer, then = episode.info["planted"]["answer"], str(after["prediction"].values[number])
         where[place] = episode.info["planted"]["demonstration"]
         texts["planted"][place], texts["after"][place] = answer, then

@@ -152,7 +152,7 @@ def plant(
 ) -> list[list[Planted]]:
     """The episodes, by level and query."""
     own, asked = queries is None, pool if queries is None else queries
-    unit, shown = unit_space(space), Shown(pool)
+    unit, shown, material = unit_space(space), Shown(pool), Material(pool)
     members: dict[str, list[int]] = {}
     for place, example in enumerate(pool):
         members.setdefault(group_name(example), []).append(place)
@@ -175,7 +175,7 @@ def plant(
         chosen = [ranked[start : start + shots][::-1].tolist() for start in starts]  # the nearest last
         everyone = [answer for row in chosen for place in row for answer in pool[place].answers]
         alone = Episode(f"sweep-{seed}-{number}", (), query, "sweep", seed)
-        answer = wrong_answer(alone, query, Material(pool, None, {}), rng, avoid=everyone)
+        answer = wrong_answer(alone, query, material, rng, avoid=everyone)
         order = tuple(rng.permutation(shots).tolist())
         for row, places_of_level in zip(planted, chosen, strict=True):
             demonstrations = tuple(pool[place] for place in places_of_level)

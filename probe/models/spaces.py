@@ -40,7 +40,7 @@ def embed(
     images, texts
         Encoders (:mod:`probe.models.encoders`); only those that the strategies need.
     pseudo_answers
-        Answers by the queries' ids that take the place of the true ones in ``question+answer``: for ``SQPA``.
+        For ``SQPA``, answers by the queries' ids, which take the place of the true ones.
 
     Returns
     -------
@@ -50,10 +50,14 @@ def embed(
     Raises
     ------
     UsageError
-        If an encoder is missing or cannot see or read, a compared example has no image, or a pseudo answer is missing.
+        If an encoder is missing or cannot see or read, a compared example has no image, a pseudo answer is missing, or
+        ``SQPA`` comes with another strategy that compares answers.
     """
     keys = list(dict.fromkeys(key for name in strategies for key in STRATEGIES[name].keys))
     asked = pool if queries is None else queries
+    said = None
+    if "SQPA" in strategies:
+        said = _pseudo(asked, strategies, pseudo_answers)
     spaces: dict[Key, Space] = {}
     for key in keys:
         encoder = images if key == "image" else texts
@@ -62,11 +66,27 @@ def embed(
             raise UsageError(f"{_who(strategies, key)} compares by {key}; give an encoder of {kind}.")
         if key == "image":
             of_pool, of_queries = (_of_images(encoder, examples, _who(strategies, key)) for examples in (pool, asked))
-        else:
-            of_pool = _of_texts(encoder, [_text(example, key, None) for example in pool])
-            of_queries = _of_texts(encoder, [_text(example, key, pseudo_answers) for example in asked])
-        spaces[key] = Space(of_pool, of_queries, encoder.name)
+            spaces[key] = Space(of_pool, of_queries, encoder.name)
+            continue
+        answers = said if said is not None else [example.answer for example in asked]
+        of_pool = _of_texts(encoder, [_text(example, example.answer, key) for example in pool])
+        of_queries = _of_texts(encoder, [_text(x, answer, key) for x, answer in zip(asked, answers, strict=True)])
+        spaces[key] = Space(of_pool, of_queries, encoder.name, said if key == "question+answer" else None)
     return spaces
+
+
+def _pseudo(asked: Sequence[Example], strategies: Sequence[str], pseudo_answers: Mapping[str, str] | None) -> list[str]:
+    """The pseudo answers in the order of the queries."""
+    others = [name for name in strategies if name != "SQPA" and "question+answer" in STRATEGIES[name].keys]
+    if others:
+        raise UsageError(f"SQPA compares pseudo answers and {others[0]} true ones; embed for each by itself.")
+    missing = next((example.id for example in asked if example.id not in (pseudo_answers or {})), None)
+    if missing is not None:
+        raise UsageError(
+            f"SQPA needs pseudo_answers, and there is none for the query {missing!r}; answer all queries in a first "
+            "round."
+        )
+    return [dict(pseudo_answers or {})[example.id] for example in asked]
 
 
 def _who(strategies: Sequence[str], key: Key) -> str:
@@ -92,13 +112,5 @@ def _of_texts(encoder: Encoder, texts: Sequence[str]) -> Any:
     return encoder.texts(list(distinct))[[distinct[text] for text in texts]]
 
 
-def _text(example: Example, key: Key, pseudo_answers: Mapping[str, str] | None) -> str:
-    if key == "question":
-        return example.question
-    if pseudo_answers is None:
-        return f"{example.question} {example.answer}"
-    if example.id not in pseudo_answers:
-        raise UsageError(
-            f"There is no pseudo answer for the query {example.id!r}; answer all queries in a first round."
-        )
-    return f"{example.question} {pseudo_answers[example.id]}"
+def _text(example: Example, answer: str, key: Key) -> str:
+    return example.question if key == "question" else f"{example.question} {answer}"

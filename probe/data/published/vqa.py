@@ -164,7 +164,7 @@ def _answers(annotation: Entry, shown: ShownAnswer) -> tuple[tuple[str, ...], di
         annotation.refuse("none of the 'answers' has anything in it; take the question out.")
     first = given.index(showable[0] if shown == "first" else _majority(showable, annotation))
     order = sorted(range(len(given)), key=lambda place: place != first)  # the others stay in order
-    info = annotation.others("question", "image", "answers")
+    info = {"annotated": True, **annotation.others("question", "image", "answers")}
     for key in PER_ANNOTATOR:
         if all(key in annotator for annotator in annotators):
             info[key] = [annotators[place][key] for place in order]
