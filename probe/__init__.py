@@ -25,13 +25,19 @@ if TYPE_CHECKING:
     from probe.experiments.attention_map import attention_map
     from probe.experiments.certification import certify
     from probe.experiments.copy_rate import copy_rate
+    from probe.experiments.copy_sweep import copy_sweep
     from probe.experiments.ranking import rank_heads
+    from probe.experiments.reliance import modality_reliance
+    from probe.experiments.task_split import task_split
     from probe.models.load import load
     from probe.models.model import Model
     from probe.models.token_map import TokenMap
     from probe.plots.attention_map import plot_attention_map
+    from probe.plots.copy_rate import plot_copy_rate
+    from probe.plots.copy_sweep import plot_copy_sweep
     from probe.plots.demonstration_position import plot_mass_by_demonstration
     from probe.plots.overlay import plot_overlay
+    from probe.plots.task_split import plot_task_split
     from probe.trace.edit import Edit, zero_head
     from probe.trace.read import read
 
@@ -51,13 +57,19 @@ _HOMES = {
     "attention_map": "probe.experiments.attention_map",
     "certify": "probe.experiments.certification",
     "copy_rate": "probe.experiments.copy_rate",
+    "copy_sweep": "probe.experiments.copy_sweep",
     "rank_heads": "probe.experiments.ranking",
+    "modality_reliance": "probe.experiments.reliance",
+    "task_split": "probe.experiments.task_split",
     "load": "probe.models.load",
     "Model": "probe.models.model",
     "TokenMap": "probe.models.token_map",
     "plot_attention_map": "probe.plots.attention_map",
+    "plot_copy_rate": "probe.plots.copy_rate",
+    "plot_copy_sweep": "probe.plots.copy_sweep",
     "plot_mass_by_demonstration": "probe.plots.demonstration_position",
     "plot_overlay": "probe.plots.overlay",
+    "plot_task_split": "probe.plots.task_split",
     "Edit": "probe.trace.edit",
     "zero_head": "probe.trace.edit",
     "read": "probe.trace.read",
@@ -76,16 +88,22 @@ __all__ = [
     "certify",
     "choose",
     "copy_rate",
+    "copy_sweep",
     "load",
+    "modality_reliance",
     "perturb",
     "plot_attention_map",
+    "plot_copy_rate",
+    "plot_copy_sweep",
     "plot_mass_by_demonstration",
     "plot_overlay",
+    "plot_task_split",
     "rank_heads",
     "read",
     "read_examples",
     "read_manifest",
     "synthetic_episodes",
+    "task_split",
     "write_manifest",
     "zero_head",
 ]

@@ -27,7 +27,7 @@ ALLOWED["models"] = ALLOWED["data"] | {"data"}
 ALLOWED["trace"] = ALLOWED["models"] | {"models"}
 ALLOWED["vectors"] = ALLOWED["fusion"] = ALLOWED["reasoning"] = ALLOWED["trace"] | {"trace"}
 ALLOWED["experiments"] = ALLOWED["vectors"] | {"vectors", "fusion", "reasoning"}
-ALLOWED["plots"] = {"errors", "segments", "stats", "store"}
+ALLOWED["plots"] = {"errors", "measures", "segments", "stats", "store"}
 ALLOWED["runs"] = LEAVES
 ALLOWED["toy"] = {"data", "errors", "stats", "store"}
 ALLOWED["cli"] = ALLOWED["experiments"] | {"experiments", "plots", "runs", "probe"}
@@ -110,7 +110,7 @@ def test_imports_run_downwards(path: Path) -> None:
         ("probe.models.load", "from nnsight import NNsight"),
         ("probe.trace.read", "import torchvision.transforms as T"),
         ("probe.measures.mass", "from probe.data import Example"),
-        ("probe.plots.maps", "from probe.measures import mass"),
+        ("probe.plots.maps", "from probe.experiments.attention_map import attention_map"),
         ("probe.experiments.heads", "from probe.plots import plot_heads"),
         ("probe.vectors.mimic", "from probe.fusion import fuse"),
         ("probe.toy.train", "from probe.models import load"),

@@ -63,7 +63,6 @@ def vqa(directory: Path, split: str = "val2014", *, images: str = "val2014") -> 
     head = {"info": {"version": "2.0"}, "data_type": "mscoco", "data_subtype": split, "license": {}}
     annotations = [
         {
-            "annotated": True,
             "question_type": "what colour",
             "multiple_choice_answer": "blue",
             "answers": annotators(TIED),
@@ -103,6 +102,7 @@ def test_vqa(tmp_path: Path) -> None:
     assert net.question == "What is this?"
     assert tied.id == "val2014-262148001"
     assert tied.info == {
+        "annotated": True,
         "question_type": "what colour",
         "multiple_choice_answer": "blue",
         "image_id": 262148,

@@ -15,6 +15,14 @@ COMMANDS = {
         "probe.cli.attention_map:attention_map",
         "Measure how much attention each head pays to the demonstrations' images and text.",
     ),
+    "copy-rate": (
+        "probe.cli.copy_rate:copy_rate",
+        "Measure how often the model answers what a demonstration answers.",
+    ),
+    "task-split": (
+        "probe.cli.task_split:task_split",
+        "Tell what demonstrations teach from what they only remind of.",
+    ),
     "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }
 """For each command, where it is (imported when it is called) and the line that `probe --help` shows."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from probe.cli.options import Json, Source, parse_layers
-from probe.errors import ProbeError, UsageError
+from probe.errors import UsageError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["answer", "demo-answers", "all"]
 
-PICTURE, MANIFEST = "attention_map.html", "episodes.jsonl"
+PICTURE = "attention_map.html"
 
 
 def attention_map(
@@ -86,43 +84,33 @@ def attention_map(
         episodes = source.read_episodes()
         content = episodes_key(episodes)
     with reporter.step("finding the model"):
-        from probe.models.names import locate
-
-        located = locate(source.model)
-    with reporter.step("loading the libraries"):
-        from probe.models.fingerprint import of_directory
-        from probe.models.load import placement, prompt_text
+        from probe.cli.running import describe_model
         from probe.store import key, open_run
 
-        dtype, device = placement(source.dtype, source.device)
+        located, described = describe_model(source)
         config = {
             "experiment": "attention_map",
-            "probe_version": version("probe"),
-            "model": source.model,
-            "model_fingerprint": of_directory(located.directory),
+            **described,
             **source.describe(),
-            "prompt": prompt_text(source.prompt),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device.type,
             "n_episodes": len(episodes),
             "episodes_key": content,
             "rows": rows,
             "layers": chosen,
         }
-    what = source.data.stem if source.data else source.task or source.default_task
-    name = f"attention-map-{Path(source.model).resolve().name}-{what}-{key(config)[:8]}"
+    name = f"attention-map-{Path(source.model).resolve().name}-{source.what}-{key(config)[:8]}"
     with open_run(out or Path("probe-runs") / name, config) as run:
         reused = run.finished
         if not reused:
             _compute(run, source, located, episodes, rows, chosen, batch_size, reporter)
         result = run.result()
 
+        from probe.cli.attention_report import show
         from probe.experiments.ranking import rank_heads
 
         with reporter.step("drawing"):
             ranked = rank_heads(result, n=top)
             draw(result, ranked, run.path(PICTURE))
-        reporter.show(result, ranked, run.directory, run.path(PICTURE), reused=reused)
+        show(reporter, result, ranked, run.directory, run.path(PICTURE), reused=reused)
 
 
 def _compute(
@@ -136,32 +124,16 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from probe.data.manifest import SAVED_IMAGES, write_manifest
+    from probe.cli.running import load_model, manifest
     from probe.experiments import attention_map as experiment
-    from probe.experiments.answering import check_words
-    from probe.models.load import load
 
-    disable_progress_bar()  # transformers' own would break into ours
     with reporter.step("loading the model"):
-        model = load(located, dtype=source.dtype, device=source.device, prompt=source.prompt)
-        # What the model cannot read is refused before anything is written.
-        model.choose_layers(layers)
-        check_words(model, episodes)
-        for episode in episodes:
-            model.render(episode)
-        write_manifest(episodes, run.path(MANIFEST))
-    try:
-        with reporter.progress("reading episodes", len(episodes)) as progress:
-            result = experiment.attention_map(
-                model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
-            )
-    except ProbeError:
-        if not run.has_parts:  # nothing is lost, and mended data may use the directory
-            run.path(MANIFEST).unlink()
-            shutil.rmtree(run.path(SAVED_IMAGES), ignore_errors=True)
-        raise
+        model = load_model(source, located)
+        model.choose_layers(layers)  # what the model does not have is refused before anything is written
+    with manifest(run, model, episodes), reporter.progress("reading episodes", len(episodes)) as progress:
+        result = experiment.attention_map(
+            model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
+        )
     result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
     run.finish(result)
 

@@ -12,13 +12,13 @@ from cyclopts import Parameter
 from probe.errors import UsageError
 
 if TYPE_CHECKING:
-    from probe.data.example import Episode
+    from probe.data.example import Episode, Example
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Which model reads which episodes.
+class Material:
+    """Which model reads which examples.
 
     Parameters
     ----------
@@ -27,12 +27,15 @@ class Source:
         (owner/name or owner/name@revision), or a directory with a checkpoint in Hugging Face layout.
     data
         Your own examples: a .jsonl file with lines like {"image": "cat.jpg", "question": "…", "answer": "…"}, or a
-        folder of images with a metadata.jsonl. Demonstrations are drawn at random for each query.
+        folder of images with a metadata.jsonl. Each is asked once, the others are its demonstrations.
+    pool
+        More such examples, from which the demonstrations come instead.
+    format
+        The name of a published data set whose directory --data is: vqav2, okvqa, vizwiz, vl-icl:clevr, … Its training
+        split is the pool, its validation split is asked.
     task
         A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the
         end (recognition-text) pictures are replaced by words. The default is recognition.
-    shots
-        Demonstrations before each query.
     episodes
         How many episodes; with --data at most one for each example.
     seed
@@ -48,8 +51,9 @@ class Source:
 
     model: str = "toy"
     data: Path | None = None
+    pool: Path | None = None
+    format: str | None = None
     task: str | None = None
-    shots: int = 4
     episodes: int = 64
     seed: int = 0
     dtype: str | None = None
@@ -68,29 +72,101 @@ class Source:
             origin = {"data": name, "data_path": path}
         else:
             origin = {"task": self.task or self.default_task}
-        return {**origin, "shots": self.shots, "seed": self.seed}
+        if self.pool is not None:
+            origin["pool"] = os.fsencode(self.pool.resolve()).decode("utf-8", "backslashreplace")
+        if self.format is not None:
+            origin["format"] = self.format
+        return {**origin, "seed": self.seed}
 
-    def read_episodes(self) -> list[Episode]:
-        """Draw or read the episodes.
+    @property
+    def what(self) -> str:
+        """A short name of what is read, for directories."""
+        return self.data.stem if self.data is not None else self.task or self.default_task
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
 
         Raises
         ------
         UsageError
             If both data and a task are given, or numbers do not fit.
-        ProbeError
-            If the data cannot be read.
         """
         if self.data is not None and self.task is not None:
             raise UsageError("--data and --task exclude each other; give one.")
-        if self.shots < 0 or self.episodes < 1:
-            raise UsageError(
-                f"--shots must be 0 or more and --episodes 1 or more; got {self.shots} and {self.episodes}."
-            )
+        if self.data is None and (self.pool is not None or self.format is not None):
+            raise UsageError("--pool and --format belong to --data; name the data too.")
+        if self.pool is not None and self.format is not None:
+            raise UsageError("A published data set has a pool of its own; leave out --pool or --format.")
+        if self.episodes < 1 or self.seed < 0:
+            raise UsageError(f"--episodes must be 1 or more and --seed 0 or more; got {self.episodes} and {self.seed}.")
+
+    def read_data(self) -> tuple[list[Example], list[Example] | None]:
+        """Read the pool and the queries from --data; ``None``: the pool itself is asked.
+
+        Raises
+        ------
+        ProbeError
+            If the data cannot be read, or pool and queries share an image.
+        """
+        if self.data is None:
+            raise UsageError("There is no data to read; give --data.")
+        from probe.data.published import check_disjoint, read_published
+        from probe.data.readers import read_examples
+
+        if self.format is not None:
+            published = read_published(self.format, self.data)
+            check_disjoint(published.pool, published.queries)
+            return published.pool, published.queries
+        if self.pool is not None:
+            return read_examples(self.pool), read_examples(self.data)
+        return read_examples(self.data), None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Source(Material):
+    """Which model reads which episodes.
+
+    Parameters
+    ----------
+    shots
+        Demonstrations before each query.
+    """
+
+    shots: int = 4
+
+    def describe(self) -> dict[str, object]:
+        """Where the episodes come from, for a result's attributes."""
+        return {**super().describe(), "shots": self.shots}
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises
+        ------
+        UsageError
+            If both data and a task are given, or numbers do not fit.
+        """
+        super().check()
+        if self.shots < 0:
+            raise UsageError(f"--shots must be 0 or more; got {self.shots}.")
+
+    def read_episodes(self) -> list[Episode]:
+        """Draw or read the episodes, with demonstrations at random.
+
+        Raises
+        ------
+        UsageError
+            If options do not go together.
+        ProbeError
+            If the data cannot be read.
+        """
+        self.check()
         if self.data is not None:
             from probe.data.choose import choose
-            from probe.data.readers import read_examples
 
-            return choose(read_examples(self.data), shots=self.shots, n=self.episodes, seed=self.seed)
+            pool, queries = self.read_data()
+            return choose(pool, queries, shots=self.shots, n=self.episodes, seed=self.seed)
         from probe.data.tasks import synthetic_episodes
 
         return synthetic_episodes(self.task or self.default_task, shots=self.shots, n=self.episodes, seed=self.seed)

@@ -56,8 +56,7 @@ class Material:
     def draw_answer(
         self, episode: Episode, question: str | None, kind: str, avoid: Collection[str], rng: np.random.Generator
     ) -> str | None:
-        """An answer of a type that the pool gives (to a question), each as probable; one that only the query gives is
-        none."""
+        """An answer of a type that the pool gives (to a question), each as probable; none that only the query gives."""
         own = self._shown.same_as(episode.query)
         given = self._answers.get((question, kind), {})
         answers = list(given)

@@ -226,8 +226,8 @@ def _unit(
             )
         if key == "question+answer" and (space.pseudo_answers is not None) != (strategy == "SQPA"):
             raise UsageError(
-                f"{strategy} compares the queries' {'pseudo' if strategy == 'SQPA' else 'true'} answers, but the vectors "
-                "are of the others; make them with embed(strategies=[…]) for it alone."
+                f"{strategy} compares the queries' {'pseudo' if strategy == 'SQPA' else 'true'} answers, but the "
+                "vectors are of the others; make them with embed(strategies=[…]) for it alone."
             )
         unit[key] = unit_space(space)
     return unit

@@ -30,6 +30,20 @@ from probe.stats import Interval, mean_interval, wilson
 
 ENDS = ("estimate", "low", "high")
 
+PUBLISHED: dict[str, tuple[float, float]] = {
+    "RS": (43.64, 37.34),
+    "SI": (50.44, 54.38),
+    "SQ": (77.26, 79.84),
+    "SQA": (87.74, 89.47),
+    "sole": (47.39, 45.82),
+    "sole-wrong": (37.07, 45.71),
+}
+"""Copy rates in percent of OpenFlamingo v1 and v2, by strategy, to hold one's own against.
+
+From the slides for "How to Configure Good In-Context Sequence for Visual Question Answering" (arXiv 2312.01571), where
+the last two are called SQA(sole) and SQA(sole wrong). The number of shots and the data set are not stated there.
+"""
+
 
 def _share(flags: np.ndarray) -> Interval:
     return wilson(int(np.sum(flags)), len(flags))
@@ -106,7 +120,7 @@ def summarise_copying(result: xr.Dataset) -> xr.Dataset:
             "n_profile": ("group", [points[0].n for points in profiles]),
         },
         coords={
-            "group": [f"{part['strategy'].values[0]}, {part['shots'].values[0]} shots" for part in groups],
+            "group": [_name(part) for part in groups],
             "strategy": ("group", [str(part["strategy"].values[0]) for part in groups]),
             "shots": ("group", [int(part["shots"].values[0]) for part in groups]),
             "measure": list(MEASURES),
@@ -121,6 +135,11 @@ def _groups(result: xr.Dataset) -> list[xr.Dataset]:
     """One part for each strategy and number of shots, in the order of the result."""
     pairs = list(zip(result["strategy"].values.tolist(), result["shots"].values.tolist(), strict=True))
     return [result.isel(episode=[p == pair for p in pairs]) for pair in dict.fromkeys(pairs)]
+
+
+def _name(part: xr.Dataset) -> str:
+    shots = int(part["shots"].values[0])
+    return f"{part['strategy'].values[0]}, {shots} shot{'s' if shots != 1 else ''}"
 
 
 def _ends(interval: Interval) -> list[float]:

@@ -1,7 +1,7 @@
 """From recognition and learning episode by episode to accuracies with intervals, and what is left beyond guessing.
 
-A summary is a Dataset over ``setting`` and ``shot``. ``end`` holds ``estimate``, ``low`` and ``high`` of a 95 % interval
-(Wilson) over episodes.
+A summary is a Dataset over ``setting`` and ``shot``. ``end`` holds ``estimate``, ``low`` and ``high`` of a 95 %
+interval (Wilson) over episodes.
 
 ================== =================================================================================================
 variable           share of episodes

@@ -58,7 +58,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
             if missing.any():
                 figure.add_trace(style.hatch(missing), row=place, col=column)
             if missing.all():
-                _annotate_empty(figure, place, column)
+                style.say(figure, "no token to see", row=place, col=column)
         _add_heading(figure, column, group, _n(mass.sel(group=group)))
 
     undefined = "image_mass" in result.attrs
@@ -141,19 +141,6 @@ def _add_heading(figure: go.Figure, column: int, group: str, n: str) -> None:
         yshift=4,
         showarrow=False,
         font={"size": 12},
-    )
-
-
-def _annotate_empty(figure: go.Figure, place: int, column: int) -> None:
-    figure.add_annotation(
-        text="no token to see",
-        xref=_axis(figure, "x", place, column),
-        yref=_axis(figure, "y", place, column),
-        x=0.5,
-        y=0.5,
-        showarrow=False,
-        bgcolor="white",
-        borderpad=3,
     )
 
 

@@ -99,7 +99,7 @@ def plot_mass_by_demonstration(
         title={"text": "demonstration (0 is read first)", "standoff": 6},
         **style.sparse_ticks(places.tolist(), most=16 if columns < 3 else 10),
     )
-    figure.update_yaxes(rangemode="tozero", gridcolor="#e6e8ec", nticks=6, tickformat=".2~g", title={"standoff": 6})
+    figure.update_yaxes(rangemode="tozero", gridcolor=style.GRID, nticks=6, tickformat=".2~g", title={"standoff": 6})
     figure.update_yaxes(title_text="mass", col=1)
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 34 / body, "yanchor": "bottom", "font_size": 12}
@@ -108,29 +108,19 @@ def plot_mass_by_demonstration(
 
 
 def _points(places: np.ndarray, points: list[Interval], modality: str, legend: bool) -> go.Scatter:
-    estimates = np.array([point.estimate for point in points])
-    low, high = np.array([point.low for point in points]), np.array([point.high for point in points])
-    colour = style.COLOURS[modality]
-    return go.Scatter(
-        x=places + ASIDE[modality],
-        y=estimates,
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": np.nan_to_num(high - estimates),
-            "arrayminus": np.nan_to_num(estimates - low),
-            "thickness": 1.5,
-            "width": 3,
-        },
-        customdata=np.stack([places, low, high, [point.n for point in points]], axis=-1),
-        hovertemplate=(
-            f"<b>{modality}</b>, demonstration %{{customdata[0]}}<br>mass %{{y:.3g}} "
-            "[%{customdata[1]:.3g}, %{customdata[2]:.3g}]<br>n = %{customdata[3]}<extra></extra>"
-        ),
+    ends = np.array([(point.estimate, point.low, point.high) for point in points])
+    there = np.isfinite(ends[:, 0]).any()
+    return style.points(
+        places + ASIDE[modality],
+        ends,
+        [point.n for point in points],
+        [f"demonstration {place}" for place in places],
+        what=modality,
+        quantity="mass",
+        colour=style.COLOURS[modality],
+        symbol="circle" if modality == "visual" else "square",
         mode="lines+markers",
-        line={"color": colour, "width": 1.5},
-        marker={"color": colour, "size": 8, "symbol": "circle" if modality == "visual" else "square"},
-        name=f"{modality} tokens" if np.isfinite(estimates).any() else f"{modality} tokens (these episodes have none)",
+        name=f"{modality} tokens" if there else f"{modality} tokens (these episodes have none)",
         legendgroup=modality,
         legendrank=1,
         showlegend=legend,

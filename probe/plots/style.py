@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,11 @@ from probe.errors import UsageError
 WIDTH = 1100
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 INK, FAINT, WARNING = "#1f2430", "#5b6270", "#9a3b00"
-COLOURS = {"visual": "#0072b2", "textual": "#d55e00"}
-"""Two colours of Okabe and Ito's palette, which the colour-blind can tell apart."""
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
+"""Of Okabe and Ito's palette, which the colour-blind can tell apart."""
+
+COLOURS = {"visual": BLUE, "textual": VERMILLION}
+GRID = "#e6e8ec"
 
 SEQUENTIAL = "dense"
 """From cmocean: perceptually even, light for little, safe for the colour-blind."""
@@ -54,8 +58,9 @@ def finish(
     n: str | None = None,
     width: int = WIDTH,
     extra: int = 0,
+    note: str = NOT_USE,
 ) -> go.Figure:
-    """Give a figure its size, type, title and the lines that every figure of attention carries.
+    """Give a figure its size, type, title and the lines that every figure carries.
 
     Parameters
     ----------
@@ -76,17 +81,19 @@ def finish(
         Width in pixels of the whole figure.
     extra
         Pixels to leave between the lines under the title and the plotting area, for headings.
+    note
+        What has to be minded with every figure of its kind; by default, of attention.
 
     Returns
     -------
     plotly.graph_objects.Figure
         The same figure.
     """
-    columns = int((width - 40) / 6.0)
+    columns = int((width - 40) / 6.5)
     first = f"{source(result)}, {n or episodes_in_words(result)}."
-    sentences = [(first, INK), *((fact, FAINT) for fact in facts), (NOT_USE, FAINT), (caveat(result), WARNING)]
+    sentences = [(first, INK), *((fact, FAINT) for fact in facts), (note, FAINT), (caveat(result), WARNING)]
     lines = [(line, colour) for text, colour in sentences for line in textwrap.wrap(text, columns)]
-    subtitle = "<br>".join(f'<span style="color:{colour}">{_escape(line)}</span>' for line, colour in lines)
+    subtitle = "<br>".join(f'<span style="color:{colour}">{escape(line)}</span>' for line, colour in lines)
     top = 40 + LINE * len(lines) + 14 + extra
     bottom = 48
     figure.update_layout(
@@ -98,7 +105,7 @@ def finish(
         paper_bgcolor="white",
         plot_bgcolor="white",
         title={
-            "text": f"<b>{_escape(title)}</b>",
+            "text": f"<b>{escape(title)}</b>",
             "font": {"size": 17},
             "subtitle": {"text": subtitle, "font": {"size": 12}},
             "x": 0,
@@ -136,6 +143,116 @@ def episodes_in_words(result: xr.Dataset) -> str:
         words += f" ({halves.pop()} half)"
     failed = int(result.attrs.get("n_failed", 0))
     return words + (f", {failed} of {result.attrs.get('n_attempted', n + failed)} attempted failed" if failed else "")
+
+
+def shots_in_words(number: int) -> str:
+    """As it is written under a column or in a hover."""
+    return f"{number} shot{'s' if number != 1 else ''}"
+
+
+def points(
+    x: npt.ArrayLike,
+    ends: npt.NDArray[np.float64],
+    n: npt.ArrayLike,
+    labels: Sequence[str],
+    *,
+    what: str,
+    quantity: str,
+    colour: str,
+    symbol: str,
+    size: int = 8,
+    **options: Any,
+) -> go.Scatter:
+    """Estimates with their intervals; what is missing is left out.
+
+    Parameters
+    ----------
+    x
+        Where each point stands.
+    ends
+        Shape (point, 3): estimate, low and high. A point without an interval has NaN for its ends.
+    n
+        What each point rests on.
+    labels
+        Of each point, for the hover. Plain text, escaped here.
+    what, quantity
+        For the hover: of what the points are, and what is measured.
+    colour, symbol, size
+        Of the marks; small ones have intervals without ends.
+    options
+        Of plotly's scatter; by default marks without a line.
+    """
+    ends = np.asarray(ends, dtype=float).reshape(-1, 3)
+    estimates, low, high = ends.T
+    return go.Scatter(
+        x=np.asarray(x),
+        y=estimates,
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": np.nan_to_num(high - estimates),
+            "arrayminus": np.nan_to_num(estimates - low),
+            "thickness": 1.5,
+            "width": 3 if size >= 8 else 0,
+        },
+        customdata=np.column_stack([ends, np.asarray(n)]),
+        hovertext=[escape(label) for label in labels],
+        hovertemplate=(
+            f"<b>{what}</b>, %{{hovertext}}<br>{quantity} %{{y:.3g}} [%{{customdata[1]:.3g}}, %{{customdata[2]:.3g}}]"
+            "<br>n = %{customdata[3]}<extra></extra>"
+        ),
+        line={"color": colour, "width": 1.5},
+        marker={"color": colour, "size": size, "symbol": symbol},
+        **{"mode": "markers", **options},
+    )
+
+
+def heading(figure: go.Figure, text: str, *, row: int, col: int, above: int = 6) -> None:
+    """Write the heading of a panel so many pixels above its left end."""
+    figure.add_annotation(
+        text=f"<b>{text}</b>",
+        xref="x domain",
+        yref="y domain",
+        x=0,
+        y=1,
+        xanchor="left",
+        yanchor="bottom",
+        yshift=above,
+        showarrow=False,
+        font={"size": 13},
+        row=row,
+        col=col,
+    )
+
+
+def hold(figure: go.Figure, *, row: int, col: int) -> None:
+    """Keep the place of a panel that may have no trace: plotly.js would not draw it, nor its words."""
+    figure.add_trace(go.Scatter(x=[None], y=[None], hoverinfo="skip", showlegend=False), row=row, col=col)
+
+
+def say(figure: go.Figure, text: str, *, row: int, col: int) -> None:
+    """Write into the middle of a panel why it is empty."""
+    figure.add_annotation(
+        text=text,
+        xref="x domain",
+        yref="y domain",
+        x=0.5,
+        y=0.5,
+        showarrow=False,
+        bgcolor="white",
+        borderpad=3,
+        row=row,
+        col=col,
+    )
+
+
+def write(figure: go.Figure, text: str, x: Iterable[float], y: float, colour: str, *, row: int, col: int) -> None:
+    """Write small words in the place of points."""
+    font = {"size": 10, "color": colour}
+    for at in x:
+        figure.add_annotation(
+            text=text, x=at, y=y, font=font, showarrow=False, bgcolor="white", borderpad=1, row=row, col=col
+        )
 
 
 def head_name(layer: int, head: int) -> str:
@@ -195,7 +312,7 @@ def hatch(missing: npt.NDArray[np.bool_]) -> go.Scatter:
     )
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """For plotly's own small HTML, which knows no ``&quot;``."""
     return html.escape(text, quote=False)
 

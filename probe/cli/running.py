@@ -1,0 +1,70 @@
+"""What commands that run a model share: the model's part of a run's settings, loading it, and the manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from probe.cli.options import Material
+    from probe.data.example import Episode
+    from probe.models.model import Model
+    from probe.models.names import Located
+    from probe.store import Run
+
+MANIFEST = "episodes.jsonl"
+
+
+def describe_model(source: Material) -> tuple[Located, dict[str, object]]:
+    """Find a model without loading it; also give what of it decides the numbers of a run."""
+    from probe.models.fingerprint import of_directory
+    from probe.models.load import placement, prompt_text
+    from probe.models.names import locate
+
+    located = locate(source.model)
+    dtype, device = placement(source.dtype, source.device)
+    return located, {
+        "probe_version": version("probe"),
+        "model": source.model,
+        "model_fingerprint": of_directory(located.directory),
+        "prompt": prompt_text(source.prompt),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+    }
+
+
+def load_model(source: Material, located: Located) -> Model:
+    """Load what was found, as the options say."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from probe.models.load import load
+
+    disable_progress_bar()  # transformers' own would break into ours
+    return load(located, dtype=source.dtype, device=source.device, prompt=source.prompt)
+
+
+@contextmanager
+def manifest(run: Run, model: Model, episodes: Sequence[Episode]) -> Iterator[None]:
+    """Check that a model can read episodes, and write them down before anything runs.
+
+    If nothing comes of it, the directory is left as if nothing had been written: mended data may use it.
+    """
+    from probe.data.manifest import SAVED_IMAGES, write_manifest
+    from probe.experiments.answering import check_words
+
+    check_words(model, episodes)
+    for episode in episodes:
+        model.render(episode)
+    write_manifest(episodes, run.path(MANIFEST))
+    try:
+        yield
+    except ProbeError:
+        if not run.has_parts:
+            run.path(MANIFEST).unlink()
+            shutil.rmtree(run.path(SAVED_IMAGES), ignore_errors=True)
+        raise
