@@ -38,17 +38,17 @@ spaces = embed(pool, strategies=["SI", "SQ", "SQA"], images=encoder, texts=encod
 episodes = [
     episode
     for strategy in ("RS", "SI", "SQ", "SQA", "sole", "sole-wrong")
-    for episode in probe.choose(pool, strategy=strategy, shots=4, n=60, spaces=spaces)
+    for episode in probe.choose(pool, strategy=strategy, shots=4, n=40, spaces=spaces)
 ]
-for example in episodes[60].examples:  # the first that was chosen by its image
+for example in episodes[40].examples:  # the first that was chosen by its image
     print(example.question, "->", example.answer)
 
 # %% [markdown]
 # ## Copying
 #
 # A model that is right looks like a copier wherever the right answer is shown. So the copy rate never stands alone:
-# read it beside how often the right answer was there, beside copying that was wrong, and beside copying that was caused by
-# planting an answer.
+# read it beside how often the right answer was there, beside copying that was wrong, and beside copying that was caused
+# by planting an answer.
 
 # %%
 copies = probe.copy_rate(toy, episodes, pool=pool)
@@ -68,7 +68,7 @@ rate.sel(measure=["copy_rate", "gold_shown", "accuracy", "harmful", "counterfact
 # The same wrong answer, planted in 0 to 4 of four demonstrations that are the nearest, the farthest, or in between.
 
 # %%
-sweep = probe.copy_sweep(toy, pool, space=spaces["image"], n=60)
+sweep = probe.copy_sweep(toy, pool, space=spaces["image"], n=40)
 probe.plot_copy_sweep(sweep)
 
 # %% [markdown]
@@ -78,8 +78,8 @@ probe.plot_copy_sweep(sweep)
 # recognition does.
 
 # %%
-labelled = labelled_episodes(synthetic_examples("recognition", n=1000, seed=0), shots=16, n=60)
-options = {"symbols": NONCE, "settings": ("gold", "random", "abstract", "flipped"), "batch_size": 30}
+labelled = labelled_episodes(synthetic_examples("recognition", n=1000, seed=0), shots=8, n=40)
+options = {"symbols": NONCE, "shots": (0, 1, 2, 4, 8), "batch_size": 20}
 split = {model.name: probe.task_split(model, labelled, **options) for model in (toy, control)}
 probe.plot_task_split(split["toy"])
 
