@@ -320,6 +320,29 @@ def test_queries_whose_answer_nobody_gives_are_left_out(world: Any) -> None:
         choose(pool, queries, strategy="sole", shots=0, spaces=given)
 
 
+def test_one_alone_where_no_image_may_stand_twice() -> None:
+    """What is passed over blocks no image: the only one that gives the answer shares its image with a better one."""
+    shared, other = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    pool = [Example("a", (shared,), "q", ("x",)), Example("b", (shared,), "q", ("wanted",))]
+    pool += [Example("c", (other,), "q", ("y",))]
+    near = np.array([[1, 0.1], [1, 0.3], [1, 0.2]])
+    given: dict[Key, Space] = {"question+answer": Space(near, np.array([[1.0, 0.0]]), "")}
+    query = Example("query", (), "q", ("wanted",))
+    for shots, ids in ((1, {"b"}), (2, {"a", "c"})):
+        options: Any = {"strategy": "sole", "shots": shots, "spaces": given, "distinct_images": True}
+        episodes = choose(pool, [query], **options)
+        assert [{x.id for x in e.demonstrations} for e in episodes] == ([ids] if shots == 1 else [])
+
+
+def test_yes_and_no_that_annotators_disagree_on_have_a_wrong_answer() -> None:
+    people = ("yes",) * 8 + ("no",) * 2
+    pool = [Example(f"e{i}", (), f"q{i}", people if i % 2 else ("no",) * 10) for i in range(12)]
+    values = np.random.default_rng(0).normal(size=(12, 3))
+    spaces: dict[Key, Space] = {"question+answer": Space(values, values, "")}
+    for episode in choose(pool, strategy="sole-wrong", shots=1, spaces=spaces):
+        assert {episode.query.answer, episode.demonstrations[0].answer} == {"yes", "no"}
+
+
 def test_queries_of_their_own(world: Any) -> None:
     pool, spaces = world
     queries = [pool[7], Example("new", (pool[10].images[0],), "q?", ("red",)), Example("e3", (), "elsewhere", ("x",))]

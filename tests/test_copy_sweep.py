@@ -88,6 +88,18 @@ def test_a_question_that_few_ask_takes_the_whole_pool() -> None:
     assert one.episode.shots == 3
 
 
+def test_queries_that_leave_no_answer_to_plant_are_left_out() -> None:
+    pool, space = world()
+    mixed = [Example(x.id, (), "big?", (("yes", "no")[i // 2 % 2],)) if i % 2 else x for i, x in enumerate(pool)]
+    rows = plant(mixed, None, space=space, shots=3, n=80, levels=(0, 0.3, 0.6, 1), seed=1)
+    asked = {one.episode.query.question for one in rows[0]}
+    assert asked == {"hue?"}
+    assert {len(row) for row in rows} == {36}  # and 4 whose 12 demonstrations give all colours
+    binary = [Example(x.id, (), "big?", (("yes", "no")[i // 2 % 2],)) for i, x in enumerate(pool)]
+    with pytest.raises(UsageError, match="more than yes or no"):
+        plant(binary, None, space=space, shots=3, n=80, levels=(0, 0.3, 0.6, 1), seed=1)
+
+
 def test_what_cannot_be_planted() -> None:
     pool, space = world(3)
     with pytest.raises(UsageError, match="needs 4 demonstrations, but only 2 other"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import xarray as xr
+from PIL import Image
 
 import probe
 from probe.data.example import Episode, Example
@@ -41,6 +42,17 @@ def test_null_is_the_mean_over_other_queries_sets() -> None:
     expected = [np.mean([said[i] in shown[j] for j in range(30) if j != i]) for i in range(30)]
     np.testing.assert_allclose(copying(said, shown, [["red"]] * 30).null, expected)
     assert np.isnan(copying(["red"], [["red"]], [["red"]]).null).all()
+    # Sets that show the query itself are left out: they have its answer because of it.
+    shows = [{int(other)} for other in rng.integers(0, 30, 30)]
+    expected = [np.mean([said[i] in shown[j] for j in range(30) if j != i and i not in shows[j]]) for i in range(30)]
+    np.testing.assert_allclose(copying(said, shown, [["red"]] * 30, shows).null, expected)
+
+
+def test_an_oracle_among_unlike_answers_has_no_excess_in_its_own_pool(answers_as) -> None:
+    """A hundred answers, each once: another's demonstrations can give a query's answer by showing it alone."""
+    unlike = [Example(f"e{i}", (), "which?", (f"word{i}",), {"truth": f"word{i}"}) for i in range(100)]
+    result = answers_as("oracle", probe.choose(unlike, shots=4, seed=0), counterfactual=False)
+    assert rates(result)["excess"][0] == 0
 
 
 # ------------------------------------------------------------------------------------ through the whole experiment
@@ -76,7 +88,7 @@ def answers_as(monkeypatch: pytest.MonkeyPatch):
 
         class Stub:
             name, fingerprint, origin, dtype, attention_implementation, prompt, caveat = "stub", "", "", "", "", "", ""
-            family = type("Family", (), {"name": "stub"})
+            family = type("Family", (), {"name": "stub", "like_images": False})
             tokenizer = staticmethod(lambda texts, add_special_tokens: {"input_ids": [[0] for _ in texts]})
 
             def unknown_words(self, episodes: object) -> tuple[int, int]:
@@ -209,6 +221,42 @@ def test_annotators_and_types(answers_as) -> None:
     assert result["score"].values.tolist() == [pytest.approx(0.9)] * 20
     assert result["correct"].all()
     assert summarise_copying(result)["answer_type"].values.tolist() == ["hue"]
+
+
+def test_where_all_annotators_agree_spelling_does_not_count() -> None:
+    def example(*answers: str) -> Example:
+        return Example("e", (), "?", answers, {"annotated": True})
+
+    for said in ("Yes", "yes.", "yes"):
+        assert answering_module.score(said, example(*["yes"] * 10)) == 1
+    assert answering_module.score("no", example(*["yes"] * 10)) == 0
+    assert answering_module.score("Yes", example(*["yes"] * 3, *["no"] * 7)) == pytest.approx(0.9)
+    assert answering_module.score("red", Example("e", (), "?", ("red", "Crimson", "scarlet", "ruby"))) == 1
+
+
+def test_families_that_ask_for_it_read_equally_many_images_together() -> None:
+    class Model:
+        family = type("Family", (), {"like_images": True})
+
+    picture = Image.new("RGB", (2, 2))
+    one = Example("one", (picture,), "?", ("x",))
+    episodes = [Episode(f"e{i}", (one,) * shots, one) for i, shots in enumerate((1, 1, 1, 2, 2, 1))]
+    units = [[e.id for e in unit] for unit in answering_module._units(Model(), episodes, 2)]  # type: ignore[arg-type]
+    assert units == [["e0", "e1"], ["e2"], ["e3", "e4"], ["e5"]]
+    Model.family.like_images = False  # type: ignore[attr-defined]
+    assert [len(u) for u in answering_module._units(Model(), episodes, 4)] == [4, 2]  # type: ignore[arg-type]
+
+
+def test_a_kept_part_belongs_to_its_episodes(answers_as) -> None:
+    kept: dict[str, xr.Dataset] = {}
+
+    def keep(name: str, compute):
+        return kept[name] if name in kept else kept.setdefault(name, compute())
+
+    for seed in (1, 2):
+        episodes = probe.choose(pool(), shots=2, n=20, seed=seed)
+        result = answers_as("last", episodes, keep=keep, counterfactual=False)
+        assert result["prediction"].values.tolist() == [e.demonstrations[-1].answer for e in episodes]
 
 
 def test_nothing_to_copy_from(answers_as) -> None:

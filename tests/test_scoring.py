@@ -22,7 +22,10 @@ from probe.scoring import answer_key, exact_match
         ("another", "another"),
         # never to nothing
         ("A", "a"),
-        ("the ?", "the ?"),
+        ("the ?", "the"),
+        ("@.", "@"),
+        ("(A)", "a"),
+        ("+.", "+"),
         ("?", "?"),
         ("@", "@"),
         ("", ""),

@@ -53,7 +53,8 @@ def split_as(monkeypatch: pytest.MonkeyPatch):
             rng = np.random.default_rng(0)
             said = np.array([rule(episode, rng) for episode in changed])
             names = ("prediction", "choice", "choice_normalised")
-            return xr.Dataset({name: ("episode", said) for name in names}, attrs={"model": "stub"})
+            found = xr.Dataset({name: ("episode", said) for name in names}, attrs={"model": "stub"})
+            return found.assign(shared_first_token=("episode", [False] * len(said)))
 
         monkeypatch.setattr(module, "answering", answering)
         monkeypatch.setattr(module, "check_words", lambda model, episodes: (0, 1))
@@ -91,7 +92,7 @@ def test_who_only_copies(split_as) -> None:
     labelled = {"setting": ["gold", "random", "abstract", "flipped"], "shot": [1, 8], "end": "estimate"}
     assert (summary["wrong_copied"].sel(labelled) == 1).all()
     assert (summary["in_labels"].sel(labelled) == 1).all()
-    assert (summary["corrected"].sel(setting="abstract", shot=[1, 8], end="high") < 0.05).all()
+    assert (summary["corrected"].sel(setting="abstract", shot=[1, 8], end="low") < 0).all()
     assert float(summary["in_labels"].sel(setting="words", shot=0, end="estimate")) == 0
 
 
@@ -102,7 +103,8 @@ def test_guesses_by_hand(split_as) -> None:
         assert float(cell["chance"].sel(setting="gold", shot=0)) == 1 / 4
         right = str(cell["right"].sel(setting="gold", shot=0).item())
         assert float(cell["prior"].sel(setting="gold", shot=0)) == float(right == "red")
-        assert float(cell["prior"].sel(setting="abstract", shot=2)) == float(right == "red")
+        # Which symbol the commonest label became, nobody can guess.
+        assert float(cell["prior"].sel(setting="abstract", shot=2)) == 1 / 4
         assert float(cell["majority"].sel(setting="gold", shot=0)) == 1 / 4
         shown = [x.answer for x in episodes(100)[episode].demonstrations[:2]]
         assert float(cell["majority"].sel(setting="gold", shot=2)) == (right in shown) / 2

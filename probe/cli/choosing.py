@@ -70,6 +70,8 @@ class Choice:
         for name in [*names, self.first_round]:
             if name not in STRATEGIES:
                 raise UsageError(f"There is no strategy {name!r}; {did_you_mean(name, tuple(STRATEGIES))}")
+        if "question+answer" in STRATEGIES[self.first_round].keys:
+            raise UsageError(f"--first-round {self.first_round} would look at the true answers; choose SI, SQ or RS.")
         return list(dict.fromkeys(names))
 
     @property
@@ -130,7 +132,9 @@ def identify(encoder: str) -> str | None:
     return of_directory(find(encoder)[0])
 
 
-def choose_episodes(source: Source, choice: Choice, material: Candidates, model: Model, run: Run) -> list[Episode]:
+def choose_episodes(
+    source: Source, choice: Choice, material: Candidates, model: Model, run: Run, batch_size: int
+) -> list[Episode]:
     """One list for all strategies; ``sole`` and ``sole-wrong`` in both readings."""
     from probe.data.choose import choose
     from probe.data.perturb import perturb
@@ -142,7 +146,7 @@ def choose_episodes(source: Source, choice: Choice, material: Candidates, model:
         return perturb(material.episodes, choice.perturbations, seed=source.seed)
     pool, queries, names = material.pool, material.queries, choice.strategies
     wanted = [*names, *((choice.first_round,) if "SQPA" in names else ())]
-    images, texts = encoders_for(choice, pool, wanted, model)
+    images, texts = encoders_for(choice, pool, wanted, model, batch_size)
     spaces = embed(pool, queries, strategies=[n for n in wanted if n != "SQPA"], images=images, texts=texts)
     options: Any = {"n": source.episodes, "seed": source.seed, "order": choice.order}
     options |= {"distinct_images": choice.distinct_images}
@@ -151,7 +155,7 @@ def choose_episodes(source: Source, choice: Choice, material: Candidates, model:
         near = spaces
         if name == "SQPA":
             first = choose(pool, queries, strategy=choice.first_round, shots=source.shots, spaces=spaces, **options)
-            said = answering(model, first, keep=run.part, name="first-round-")
+            said = answering(model, first, batch_size=batch_size, keep=run.part, name="first-round-")
             pseudo = dict(zip(said["query"].values.tolist(), said["prediction"].values.tolist(), strict=True))
             asked = [example for example in (pool if queries is None else queries) if example.id in pseudo]
             near = embed(pool, asked, strategies=["SQPA"], texts=texts, pseudo_answers=pseudo)
@@ -163,7 +167,7 @@ def choose_episodes(source: Source, choice: Choice, material: Candidates, model:
 
 
 def encoders_for(
-    choice: Choice, pool: Sequence[Example], strategies: Sequence[str], model: Model
+    choice: Choice, pool: Sequence[Example], strategies: Sequence[str], model: Model, batch_size: int
 ) -> tuple[Encoder | None, Encoder | None]:
     """Encoders of images and of texts, as far as the strategies need them."""
     from probe.data.strategies import STRATEGIES
@@ -174,7 +178,7 @@ def encoders_for(
 
     def make(name: str) -> Encoder:
         if name == "own":
-            return own_encoder(model)
+            return own_encoder(model, batch_size=batch_size)
         if name == "tfidf":
             return tfidf_encoder([f"{example.question} {example.answer}" for example in pool])
         return checkpoint_encoder(name, device=model.device)

@@ -157,7 +157,7 @@ def _compute(
     with reporter.step("loading the model"):
         model = load_model(source, located)
     with reporter.step("choosing demonstrations"):
-        episodes = choose_episodes(source, choice, material, model, run)
+        episodes = choose_episodes(source, choice, material, model, run, batch_size)
     n = experiment.n_readings(episodes, counterfactual=counterfactual)
     with manifest(run, model, episodes), reporter.progress("reading episodes", n) as progress:
         result = experiment.copy_rate(
@@ -172,8 +172,10 @@ def _compute(
         )
         progress(n)
     if sweep:
-        result = result.merge(_sweep(run, source, choice, material, model, batch_size, reporter))
+        found = _sweep(run, source, choice, material, model, batch_size, reporter)
+        result = result.merge(found.drop_attrs()).assign_attrs({**result.attrs, "encoder": found.attrs["encoder"]})
     asked = min(source.episodes, len(material.pool if material.queries is None else material.queries) or len(episodes))
+    result.attrs |= {"order": choice.order, "image_encoder": choice.image_encoder, "text_encoder": choice.text_encoder}
     result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"], "n_queries": asked}
     run.finish(result)
 
@@ -194,7 +196,7 @@ def _sweep(
 
     pool, queries = material.pool, material.queries
     strategy = "SI" if all(example.images for example in (*pool, *(queries or ()))) else "SQ"
-    images, texts = encoders_for(choice, pool, [strategy], model)
+    images, texts = encoders_for(choice, pool, [strategy], model, batch_size)
     [space] = embed(pool, queries, strategies=[strategy], images=images, texts=texts).values()
     n = len(LEVELS) * (source.shots + 1) * min(source.episodes, len(queries or pool))
     with reporter.progress("planting wrong answers", n) as progress:
@@ -211,7 +213,7 @@ def _sweep(
             progress=progress,
         )
     found = found.rename({name: f"sweep_{name}" for name in (*found.data_vars, "query")})
-    return found.rename(episode="sweep_episode").drop_attrs()
+    return found.rename(episode="sweep_episode").assign_attrs(encoder=space.encoder)
 
 
 def draw(result: xr.Dataset, path: Path) -> None:

@@ -43,7 +43,7 @@ def show(reporter: Reporter, result: xr.Dataset, directory: Path, picture: Path,
     if "no_words" in result.attrs:
         reporter.note(f"Symbols stated in words were not read. {result.attrs['no_words']}")
     if rests is None:
-        reporter.note("Modality reliance was not measured: it needs images and a pool that asks several questions.")
+        reporter.note(f"Modality reliance was not measured: {result.attrs['no_reliance']}.")
     else:
         reporter.out.print(
             f"Modality reliance: {escape(str(rests.index))} of what answers rest on is the question (losses: another "

@@ -105,6 +105,7 @@ def task_split(
 
         meaningless = choose_symbols(source, symbols)
         shown = read_episodes(source, max(numbers), seeds, labels)
+        rests = read_reliance_episodes(source)
         content = {name: episodes_key(episodes) for name, episodes in shown.items()}
     with reporter.step("finding the model"):
         from probe.cli.running import describe_model
@@ -116,6 +117,7 @@ def task_split(
             **described,
             **source.describe(),
             "episodes_keys": content,
+            "reliance_key": None if isinstance(rests, str) else episodes_key(rests),
             "shots": numbers,
             "seeds": seeds,
             "symbols": list(meaningless),
@@ -124,7 +126,7 @@ def task_split(
     with open_run(out or Path("probe-runs") / name, config) as run:
         reused = run.finished
         if not reused:
-            _compute(run, source, shown, numbers, meaningless, located, batch_size, reporter)
+            _compute(run, source, shown, rests, numbers, meaningless, located, batch_size, reporter)
         result = run.result()
 
         from probe.cli.split_report import show
@@ -167,12 +169,36 @@ def read_episodes(source: Material, shots: int, seeds: int, labels: int) -> dict
     from probe.data.groups import labelled_episodes
 
     shown: dict[str, list[Episode]] = {}
-    for seed in range(source.seed, source.seed + seeds):
+    for number, seed in enumerate(range(source.seed, source.seed + seeds)):
         for name, (pool, queries) in _pools(source, seed).items():
+            # No query is asked by two seeds: intervals take episodes for independent.
+            asked = (queries or pool)[number::seeds] if source.data is not None else queries
             shown.setdefault(name, []).extend(
-                labelled_episodes(pool, queries, shots=shots, n=source.episodes, seed=seed, labels=labels)
+                labelled_episodes(pool, asked, shots=shots, n=source.episodes, seed=seed, labels=labels)
             )
     return shown
+
+
+def read_reliance_episodes(source: Material) -> list[Episode] | str:
+    """Episodes with demonstrations at random, for the modality reliance; or why there are none."""
+    from probe.data.choose import choose
+    from probe.data.perturb import perturb
+    from probe.experiments.reliance import READINGS
+
+    pools = _pools(source, source.seed)
+    if "images" not in pools:
+        return "it needs images"
+    pool, queries = pools["images"]
+    if len({example.question for example in pool}) < 2:
+        return "all questions are the same"
+    try:
+        episodes = choose(pool, queries, shots=RELIANCE_SHOTS, n=source.episodes, seed=source.seed)
+        if not all(episode.query.images for episode in episodes):
+            return "it needs images"
+        perturb(episodes, READINGS["other-question"], seed=source.seed, pool=pool)  # found now, not after the rest
+    except UsageError as error:
+        return str(error)
+    return episodes
 
 
 def _pools(source: Material, seed: int) -> dict[str, tuple[list[Example], list[Example] | None]]:
@@ -198,6 +224,7 @@ def _compute(
     run: Run,
     source: Material,
     shown: dict[str, list[Episode]],
+    rests: list[Episode] | str,
     shots: list[int],
     symbols: Sequence[str],
     located: Located,
@@ -231,29 +258,22 @@ def _compute(
             parts.append(part)
             progress(done)
         result = xr.concat(parts, xr.Variable("shown", list(shown)), join="override", combine_attrs="override")
-        result = result.merge(_reliance(run, source, model, batch_size))
+        if isinstance(rests, str):
+            result.attrs["no_reliance"] = rests
+        else:
+            result = result.merge(_reliance(run, source, rests, model, batch_size))
     result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
     run.finish(result)
 
 
-def _reliance(run: Run, source: Material, model: Model, batch_size: int) -> xr.Dataset:
-    """What the answers rest on; nothing where all ask the same question, or show no image."""
-    import xarray as xr
-
-    from probe.data.choose import choose
+def _reliance(run: Run, source: Material, episodes: list[Episode], model: Model, batch_size: int) -> xr.Dataset:
+    """What the answers rest on, on dimensions of its own."""
     from probe.experiments.reliance import modality_reliance
 
-    pools = _pools(source, source.seed)
-    if "images" not in pools:
-        return xr.Dataset()
-    pool, queries = pools["images"]
-    if len({example.question for example in pool}) < 2 or not all(example.images for example in queries or pool):
-        return xr.Dataset()
-    episodes = choose(pool, queries, shots=RELIANCE_SHOTS, n=source.episodes, seed=source.seed)
     found = modality_reliance(
         model,
         episodes,
-        pool=pool,
+        pool=_pools(source, source.seed)["images"][0],
         seed=source.seed,
         batch_size=batch_size,
         keep=lambda unit, compute: run.part(f"reliance-{unit}", compute),

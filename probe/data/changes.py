@@ -23,6 +23,9 @@ BLUR = 15
 SYMBOLS = tuple("@#$%*&+=~^")
 """Labels that mean nothing, for ``abstract-labels`` (as Pan et al.'s)."""
 
+OF_ANSWERS = ("annotated", "multiple_choice_answer", "answer_confidence", "raw_answer")
+"""What data sets say of an example's answers and not of the example."""
+
 INSTRUCTION = "According to the previous question and answer pair, answer the final question. "
 
 
@@ -153,8 +156,9 @@ def wrong_answer(
 
 
 def _answering(example: Example, answers: tuple[str, ...]) -> Example:
-    """With other answers; what the data set says of its own (the annotators' confidence) no longer holds."""
-    return replace(example, answers=answers, info={})
+    """With other answers; what the data set says of its own no longer holds."""
+    kept = {key: value for key, value in example.info.items() if key not in OF_ANSWERS}
+    return replace(example, answers=answers, info=kept)
 
 
 def _with_demonstration(episode: Episode, place: int, answer: str) -> Episode:
@@ -176,19 +180,27 @@ def _wrong_target(episode: Episode, material: Material, rng: np.random.Generator
             f"Episode {episode.id} has no demonstration that alone gives the query's answer; choose with the strategy "
             "'sole'."
         )
-    example = episode.demonstrations[place]
-    answer = wrong_answer(episode, example, material, rng, avoid=episode.query.answers)
-    return _with_demonstration(episode, place, answer)
+    example, query = episode.demonstrations[place], episode.query
+    # Of yes and no one is wrong, even if some annotators of the query said it.
+    avoid = (query.answer,) if answer_type(example.answer) == "yes/no" else query.answers
+    return _with_demonstration(episode, place, wrong_answer(episode, example, material, rng, avoid))
 
 
 def _planted_answer(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
     if not episode.shots:
         raise UsageError(f"Episode {episode.id} has no demonstration in which an answer could be planted.")
-    place = int(rng.integers(episode.shots))
     avoid = [answer for example in episode.examples for answer in example.answers]
-    answer = wrong_answer(episode, episode.demonstrations[place], material, rng, avoid)
-    planted = {"demonstration": place, "answer": answer}
-    return replace(_with_demonstration(episode, place, answer), info={**episode.info, "planted": planted})
+    places = rng.permutation(episode.shots).tolist()
+    for place in places:
+        try:
+            answer = wrong_answer(episode, episode.demonstrations[place], material, rng, avoid)
+        except UsageError:
+            if place == places[-1]:
+                raise
+            continue
+        planted = {"demonstration": place, "answer": answer}
+        return replace(_with_demonstration(episode, place, answer), info={**episode.info, "planted": planted})
+    raise AssertionError("the last place returns or raises")
 
 
 # ------------------------------------------------------------------------------------------------------------ images

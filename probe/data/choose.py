@@ -130,8 +130,8 @@ def choose(
     list of Episode
         ``info`` has ``order``, and by what was compared the ``encoders`` and the ``similarity`` of each demonstration,
         in their order. Equally similar examples are taken in an order drawn from the seed. For ``sole`` and
-        ``sole-wrong``, queries whose answer nobody in the pool gives are left out, and ``info["target"]`` is the
-        demonstration that gives it (or gave it).
+        ``sole-wrong``, queries whose answer nobody in the pool gives are left out (for ``sole-wrong`` also those for
+        which no wrong answer is left), and ``info["target"]`` is the demonstration that gives it (or gave it).
 
     Raises
     ------
@@ -184,7 +184,7 @@ def choose(
         episodes.append(
             Episode(f"{strategy}-{shots}shot-{seed}-{number}", demonstrations, query, strategy, seed, info=info)
         )
-    return perturb(episodes, "wrong-target", seed=seed, pool=pool) if method.wrong else episodes
+    return perturb(episodes, "wrong-target", seed=seed, pool=pool, leave_out=True) if method.wrong else episodes
 
 
 def _check(strategy: str, order: str, shots: int, n: int, seed: int, candidates: int, n_others: int) -> Strategy:

@@ -110,15 +110,20 @@ def episodes_key(episodes: Sequence[Episode]) -> str:
 
 
 def examples_key(examples: Sequence[Example]) -> str:
-    """Identify a pool or queries: 16 hexadecimal digits, without opening an image file.
+    """Identify a pool or queries as :func:`content_key` does episodes."""
+    return content_key([Episode(f"of example {example.id}", (), example) for example in examples])
 
-    Everything counts that a manifest holds of an example, but an image file by its path, size and time of change: a
-    pool may have a hundred thousand.
+
+def content_key(episodes: Sequence[Episode]) -> str:
+    """Identify episodes without opening an image file: 16 hexadecimal digits.
+
+    Everything counts that a manifest holds, but an image file by its path, size and time of change: a pool may have a
+    hundred thousand.
 
     Raises
     ------
     ProbeError
-        If an image file is missing or an example holds what JSON cannot.
+        If an image file is missing or an episode holds what JSON cannot.
     """
 
     def mark(image: Picture, where: str) -> object:
@@ -131,9 +136,8 @@ def examples_key(examples: Sequence[Example]) -> str:
         return [str(image), found.st_size, found.st_mtime_ns]
 
     digest = hashlib.sha256()
-    for example in examples:
-        alone = Episode(f"of example {example.id}", (), example)
-        digest.update(_encode(_record(alone, mark), alone))
+    for episode in episodes:
+        digest.update(_encode(_record(episode, mark), episode))
     return digest.hexdigest()[:16]
 
 

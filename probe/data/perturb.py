@@ -2,8 +2,8 @@
 
 An episode goes in, another comes out, with the transformation's name and seed at the end of ``perturbations``. What an
 episode becomes depends on its query, its strategy and seed, on the transformation's name and seed, and on the pool: not
-on the number of shots, or on what else was done to it. The pool that is taken by default, all examples of the episodes,
-does depend on which episodes there are.
+on the number of shots (only ``planted-answer`` does), or on what else was done to it. The pool that is taken by
+default, all examples of the episodes, does depend on which episodes there are.
 
 ======================= ===============================================================================================
 name                    what happens
@@ -15,7 +15,7 @@ name                    what happens
 ``wrong-answers``       every demonstration gives a wrong answer of the type of its own: no for yes, else another answer
                         to the same question, else another of the same type
 ``wrong-target``        so does the one that alone gives the query's answer (strategy ``sole``)
-``planted-answer``      so does one that is drawn at random: an answer that nobody else in the episode gives
+``planted-answer``      so does one, drawn among those of which this can be: an answer that nobody in the episode gives
 ``permuted-images``     the demonstrations exchange their images, none keeps its own
 ``blurred-images``      the demonstrations' images are blurred (Gaussian, 15 pixels)
 ``blurred-query``       the query's image is blurred so

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from probe.data.example import Example, Picture
 from probe.data.images import open_image, pixel_hash
-from probe.scoring import exact_match
+from probe.scoring import answer_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,7 @@ class Shown:
     """Which examples of the pool show an image."""
 
     def __init__(self, pool: Sequence[Example]) -> None:
+        self.pool = pool
         self.pictures = [_pictures(example) for example in pool]
         self._showing: dict[str, set[int]] = defaultdict(set)
         self._named: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -44,6 +46,17 @@ class Shown:
     def showing(self, pictures: Iterable[str]) -> set[int]:
         """Places of those who show one of these pictures."""
         return set().union(*(self._showing.get(picture, ()) for picture in pictures))
+
+    def giving(self, key: str) -> set[int]:
+        """Places of those whose shown answer has this key (:func:`probe.scoring.answer_key`)."""
+        return self._giving.get(key, set())
+
+    @cached_property
+    def _giving(self) -> dict[str, set[int]]:
+        places: dict[str, set[int]] = defaultdict(set)
+        for place, example in enumerate(self.pool):
+            places[answer_key(example.answer)].add(place)
+        return places
 
     def same_as(self, example: Example) -> set[int]:
         """Places of the example itself: of the same id and question."""
@@ -133,18 +146,26 @@ def pick(rank: Rank, view: View, shots: int) -> Picked:
 
 def pick_alone(rank: Rank, view: View, shots: int) -> Picked | None:
     """The best that gives the query's answer, among the best that do not; ``None`` if nobody gives it."""
+    wanted = {answer_key(answer) for answer in view.query.answers}
+    giving = set().union(*(view.shown.giving(key) for key in wanted)) - view.taken
+    if not giving:
+        return None
     target: int | None = None
-    others: list[int] = []
     picked: list[int] = []
-    for place in view.allowed(rank(view)):
-        if exact_match(view.pool[place].answer, view.query.answers):
-            if target is None:
-                target = place
-                picked.append(place)
-        elif len(others) < shots - 1:
-            others.append(place)
-            picked.append(place)
-        if target is not None and len(others) == shots - 1:
+    used: set[int] = set()
+    for place in rank(view):
+        if place in view.taken or place in used:
+            continue
+        if place in giving:
+            if target is not None:
+                continue
+            target = place
+        elif len(picked) - (target is not None) == shots - 1:
+            continue
+        picked.append(place)
+        # What was passed over blocks no image, and what was picked is not met again.
+        used |= view.shown.showing(view.shown.pictures[place]) if view.distinct else set()
+        if len(picked) == shots:
             break
     return None if target is None else Picked(picked, target)
 

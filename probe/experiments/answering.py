@@ -6,7 +6,7 @@ sure the model was, and which of a closed set of labels it would choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,6 +15,7 @@ import xarray as xr
 
 from probe.data.example import Episode, Example
 from probe.data.images import open_images
+from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError, did_you_mean
 from probe.models.model import Model
 from probe.scoring import cut_answer, exact_match, vqa_accuracy
@@ -86,9 +87,9 @@ def answering(
         raise UsageError(f"A batch and an answer hold at least one; asked for {batch_size} and {max_new_tokens}.")
     check_words(model, episodes)
     limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
-    done = []
-    for start in range(0, len(episodes), batch_size):
-        unit = episodes[start : start + batch_size]
+    done: list[xr.Dataset] = []
+    n = 0
+    for unit in _units(model, episodes, batch_size):
 
         def compute(unit: Sequence[Episode] = unit) -> xr.Dataset:
             try:
@@ -96,12 +97,32 @@ def answering(
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(model, len(unit)) from error
 
-        done.append(keep(f"{name}{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
+        # By content: a part of other episodes, or read otherwise, is never taken for this one.
+        part = f"{name}{n:06d}-{probable}-{limit}-{content_key(unit)}"
+        done.append(keep(part, compute) if keep else compute())
+        n += len(unit)
         if progress:
-            progress(start + len(unit))
+            progress(n)
     result = xr.concat(done, "episode", data_vars="all", coords="different", compat="equals", join="exact")
     result.attrs = {**facts(model), "max_new_tokens": limit, "n_attempted": len(episodes), "n_done": len(episodes)}
     return result
+
+
+def _units(model: Model, episodes: Sequence[Episode], batch_size: int) -> Iterator[Sequence[Episode]]:
+    """Episodes that are read together, in their order; where the family asks for it, with equally many images."""
+    unit: list[Episode] = []
+    for episode in episodes:
+        unlike = model.family.like_images and unit and n_images(unit[-1]) != n_images(episode)
+        if len(unit) == batch_size or unlike:
+            yield unit
+            unit = []
+        unit.append(episode)
+    yield unit
+
+
+def n_images(episode: Episode) -> int:
+    """Images that an episode shows."""
+    return sum(len(example.images) for example in episode.examples)
 
 
 def _answer(model: Model, episodes: Sequence[Episode], probable: Probable, max_new_tokens: int) -> xr.Dataset:
@@ -165,10 +186,15 @@ def label_set(episode: Episode) -> list[str]:
 
 
 def score(prediction: str, query: Example) -> float:
-    """VQA accuracy where the answers are those of annotators (``info["annotated"]``), else exact match; 0 to 1."""
-    if query.info.get("annotated"):
-        return vqa_accuracy(prediction, query.answers)
-    return float(exact_match(prediction, query.answers))
+    """VQA accuracy where the answers are those of annotators (``info["annotated"]``), else exact match; 0 to 1.
+
+    Where all annotators wrote the same, the official accuracy compares as it is written, and ``Yes`` gets 0 for
+    ``yes``. Here it is normalised there too: how a model writes is not what is measured.
+    """
+    right = exact_match(prediction, query.answers)
+    if not query.info.get("annotated"):
+        return float(right)
+    return 1.0 if right and len(set(query.answers)) == 1 else vqa_accuracy(prediction, query.answers)
 
 
 def answer_limit(model: Model, episodes: Sequence[Episode]) -> int:
@@ -199,8 +225,7 @@ def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
 def out_of_memory(model: Model, n: int) -> ProbeError:
     """What to say when a batch does not fit."""
     return ProbeError(
-        f"A batch of {n} episodes does not fit into the memory of {model.device}; lower the batch size "
-        "(--batch-size). Batches that are done stay done."
+        f"A batch of {n} episodes does not fit into the memory of {model.device}; lower the batch size (--batch-size)."
     )
 
 

@@ -115,6 +115,7 @@ def _measured(result: xr.Dataset, episodes: Sequence[Episode]) -> xr.Dataset:
             [str(result["prediction"].values[place]) for place in places],
             [[example.answer for example in episodes[place].demonstrations] for place in places],
             [episodes[place].query.answers for place in places],
+            _shown_queries([episodes[place] for place in places]),
         )
         for name, array in values.items():
             if name != "null" or strategy == "RS":
@@ -130,6 +131,12 @@ def _measured(result: xr.Dataset, episodes: Sequence[Episode]) -> xr.Dataset:
         },
         coords={"episode": result["episode"]},
     )
+
+
+def _shown_queries(episodes: Sequence[Episode]) -> list[set[int]]:
+    """For each episode, the places of those whose query it shows as a demonstration."""
+    queries = {(e.query.id, e.query.question): place for place, e in enumerate(episodes)}
+    return [{queries[key] for x in e.demonstrations if (key := (x.id, x.question)) in queries} for e in episodes]
 
 
 def _type_of(example: Example) -> str:

@@ -68,7 +68,8 @@ def copy_sweep(
     model
         From :func:`probe.load`.
     pool
-        From which demonstrations and planted answers come: of the query's own question, if enough ask that.
+        From which demonstrations and planted answers come: of the query's own question, if enough ask that. Queries
+        that leave no wrong answer to plant, as yes and no do, are left out.
     queries
         What is asked; default: the pool itself.
     space
@@ -173,12 +174,20 @@ def plant(
         ranked = places[np.lexsort((rng.random(len(places)), -near[places]))]
         starts = [round(level * (len(ranked) - shots)) for level in levels]
         chosen = [ranked[start : start + shots][::-1].tolist() for start in starts]  # the nearest last
-        everyone = [answer for row in chosen for place in row for answer in pool[place].answers]
+        everyone = [pool[place].answer for row in chosen for place in row] + list(query.answers)
         alone = Episode(f"sweep-{seed}-{number}", (), query, "sweep", seed)
-        answer = wrong_answer(alone, query, material, rng, avoid=everyone)
+        try:
+            answer = wrong_answer(alone, query, material, rng, avoid=everyone)
+        except UsageError:  # yes or no, and somebody says the other
+            continue
         order = tuple(rng.permutation(shots).tolist())
         for row, places_of_level in zip(planted, chosen, strict=True):
             demonstrations = tuple(pool[place] for place in places_of_level)
             episode = replace(alone, demonstrations=demonstrations)
             row.append(Planted(episode, answer, order, float(near[places_of_level].mean())))
+    if not planted[0]:
+        raise UsageError(
+            "No query has a wrong answer of its type that none of its demonstrations gives; give a larger pool, or "
+            "questions that ask for more than yes or no."
+        )
     return planted

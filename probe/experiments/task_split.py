@@ -91,7 +91,8 @@ def task_split(
     xarray.Dataset
         Over (setting, shot, episode), NaN where ``words`` has demonstrations: ``chosen`` (the most probable label is
         the right one), ``chosen_normalised`` (the same by the mean over tokens), ``generated`` (the free answer is the
-        right one), ``in_labels`` (it is one of the labels), ``in_context`` (it is a demonstration's answer), and of the
+        right one), ``in_labels`` (it is one of the labels), ``in_context`` (it is a demonstration's answer),
+        ``shared_first_token`` (two labels begin alike), and of the
         three guesses whether they are right: ``chance``, ``prior``, ``majority`` (shares, where several are
         commonest). Texts are ``prediction``, ``choice`` and ``right``. Coordinates ``seed`` and ``group`` of the
         episodes. Where the model does not know the words of the setting ``words``, that is missing too, and the
@@ -108,6 +109,7 @@ def task_split(
             raise UsageError(f"There is no setting {name!r}; {did_you_mean(name, tuple(SETTINGS))}")
     numbers = sorted(set(shots))
     _check(episodes, numbers)
+    _check_symbols(model, episodes, chosen, symbols, seed)
     cells: dict[tuple[str, int], xr.Dataset] = {}
     attrs: dict[str, object] = {}
     done = 0
@@ -134,7 +136,7 @@ def task_split(
                 progress=onward,
             )
             attrs |= answers.attrs
-            cells[name, number] = _judge(answers, changed)
+            cells[name, number] = _judge(name, answers, changed)
             done += len(episodes)
     result = _stack(cells, chosen, sorted({number for _, number in cells}), episodes)
     result.attrs = {
@@ -151,6 +153,17 @@ def task_split(
 def n_readings(n_episodes: int, settings: Sequence[str], shots: Sequence[int]) -> int:
     """How many episodes :func:`task_split` reads."""
     return n_episodes * sum(1 if name == "words" else len(set(shots)) for name in dict.fromkeys(settings))
+
+
+def _check_symbols(
+    model: Model, episodes: Sequence[Episode], settings: Sequence[str], symbols: Sequence[str], seed: int
+) -> None:
+    """Refuse symbols that the model does not know before anything is read."""
+    if "abstract" in settings:
+        try:
+            check_words(model, perturb(episodes, SETTINGS["abstract"], seed=seed, symbols=symbols))
+        except UsageError as error:
+            raise UsageError(f"{error} Or give symbols that it knows (--symbols).") from error
 
 
 def _unreadable(model: Model, episodes: Sequence[Episode]) -> str:
@@ -176,20 +189,23 @@ def _check(episodes: Sequence[Episode], shots: Sequence[int]) -> None:
             )
 
 
-def _judge(answers: xr.Dataset, changed: Sequence[Episode]) -> xr.Dataset:
+def _judge(setting: str, answers: xr.Dataset, changed: Sequence[Episode]) -> xr.Dataset:
     """One setting at one number of shots."""
     right = [episode.query.answer for episode in changed]
     labels = [label_set(episode) for episode in changed]
     said = answers["prediction"].values.tolist()
     shown = [[example.answer for example in episode.demonstrations] for episode in changed]
-    # The label that is commonest in the pool stands first in the set, and keeps its place when labels are exchanged.
-    prior = [float(of[0] == x) for of, x in zip(labels, right, strict=True)]
+    # The label that is commonest in the pool stands first in its set. What it was exchanged for, nobody knows who has
+    # not learned it.
+    known = setting in ("gold", "random", "words")
+    prior = [float(of[0] == x) if known else 1 / len(of) for of, x in zip(labels, right, strict=True)]
     values = {
         "chosen": [c == x for c, x in zip(answers["choice"].values.tolist(), right, strict=True)],
         "chosen_normalised": [c == x for c, x in zip(answers["choice_normalised"].values.tolist(), right, strict=True)],
         "generated": [exact_match(y, [x]) for y, x in zip(said, right, strict=True)],
         "in_labels": [exact_match(y, of) for y, of in zip(said, labels, strict=True)],
         "in_context": [exact_match(y, of) for y, of in zip(said, shown, strict=True)],
+        "shared_first_token": answers["shared_first_token"].values,
         "chance": [1 / len(of) for of in labels],
         "prior": prior,
         "majority": [_majority(of, x, len(every)) for of, x, every in zip(shown, right, labels, strict=True)],

@@ -7,10 +7,10 @@ For a query q with the prediction y, the demonstrations' answers a_1 … a_k and
 - *gold shown*: G meets S. Copying is then no mistake, and being right looks like copying.
 - *harmful*: y in S and y not in G: copying that being right cannot explain.
 - *place*: the demonstration j with y = a_j, where there is only one.
-- *null*: the share of the other queries whose S has y. The mean of copied − null is the excess copy rate. It is a null
-  model where demonstrations are drawn at random and nowhere else: where they are retrieved, they share the query's
-  answer because they are like it.
-- *majority*: the commonest answer among the demonstrations, of several that of the nearest one: what a model that did
+- *null*: the share of the other queries whose S has y, of those whose demonstrations do not show q itself. The mean of
+  copied − null is the excess copy rate. It is a null model where demonstrations are drawn at random and nowhere else:
+  where they are retrieved, they share the query's answer because they are like it.
+- *majority*: the commonest answer among the demonstrations, of several that of the last one: what a model that did
   nothing but vote would say.
 
 The copy rate is that of "How to Configure Good In-Context Sequence for Visual Question Answering" (Li et al., CVPR
@@ -20,7 +20,7 @@ The copy rate is that of "How to Configure Good In-Context Sequence for Visual Q
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,10 @@ class Copying:
 
 
 def copying(
-    predictions: Sequence[str], demonstrations: Sequence[Sequence[str]], accepted: Sequence[Sequence[str]]
+    predictions: Sequence[str],
+    demonstrations: Sequence[Sequence[str]],
+    accepted: Sequence[Sequence[str]],
+    shows: Sequence[Collection[int]] | None = None,
 ) -> Copying:
     """Compare predictions with the demonstrations' answers.
 
@@ -70,6 +73,9 @@ def copying(
         For each query, the answers that its demonstrations show, in the order in which they are read.
     accepted
         For each query, the answers that are right.
+    shows
+        For each query, which of the queries its demonstrations show, if they are from one pool. A query is never its
+        own demonstration, so sets that show it are no fair comparison: they hold its answer because of it.
 
     Returns
     -------
@@ -88,18 +94,24 @@ def copying(
         place=np.array(
             [s.index(y) if s.count(y) == 1 else NOWHERE for y, s in zip(said, shown, strict=True)], dtype=np.int64
         ),
-        null=_null(said, shown),
+        null=_null(said, shown, shows or [()] * len(said)),
         majority=[_vote(keys, texts) for keys, texts in zip(shown, demonstrations, strict=True)],
     )
 
 
-def _null(said: Sequence[str], shown: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Share of the other queries' sets that have each prediction: the exact mean over permutations."""
-    if len(said) < 2:
-        return np.full(len(said), np.nan)
+def _null(said: Sequence[str], shown: Sequence[Sequence[str]], shows: Sequence[Collection[int]]) -> NDArray[np.float64]:
+    """Share of the other queries' sets that have each prediction, of those that do not show the query itself."""
     having = Counter(key for answers in shown for key in set(answers))
-    others = [having[y] - (y in own) for y, own in zip(said, shown, strict=True)]
-    return np.array(others) / (len(said) - 1)
+    showing: dict[int, set[int]] = {}
+    for place, queries in enumerate(shows):
+        for query in queries:
+            showing.setdefault(query, set()).add(place)
+    null = np.full(len(said), np.nan)
+    for query, y in enumerate(said):
+        left_out = {query} | showing.get(query, set())
+        if len(left_out) < len(said):
+            null[query] = (having[y] - sum(y in shown[place] for place in left_out)) / (len(said) - len(left_out))
+    return null
 
 
 def _vote(keys: Sequence[str], texts: Sequence[str]) -> str:

@@ -10,16 +10,21 @@ from collections.abc import Iterable
 
 from probe.scoring.vqa import normalise_vqa
 
+AROUND = ".,;:!?\"'()[] "
+
 
 def answer_key(text: str) -> str:
-    """What answers are compared by: the VQA normalisation; of what it would erase, the text itself in lower case.
+    """What answers are compared by: the VQA normalisation; of what it would erase, the text in lower case, bare.
+
+    Bare of marks and brackets around it, unless nothing else is left: a model that writes ``@.`` said ``@``.
 
     Examples
     --------
-    >>> answer_key('  "Two  red Buses." '), answer_key("A"), answer_key("@")
-    ('2 red buses', 'a', '@')
+    >>> answer_key('  "Two  red Buses." '), answer_key("A)"), answer_key("@."), answer_key("?")
+    ('2 red buses', 'a', '@', '?')
     """
-    return normalise_vqa(text) or text.strip().lower()
+    whole = text.strip().lower()
+    return normalise_vqa(text) or whole.strip(AROUND) or whole
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> bool:

@@ -115,16 +115,15 @@ def main() -> None:
     parser.add_argument("--vision-of", type=Path, metavar="DIR", help="take the vision tower of this finished training")
     parser.add_argument("--processes", type=int, default=2, help="processes that train together, one core each")
     parser.add_argument("--vision-steps", type=int, default=Recipe.vision_steps)
-    parser.add_argument("--language-steps", type=int, default=Recipe.language_steps)
+    parser.add_argument("--language-steps", type=int, help=f"default: {Recipe.language_steps}, or the sibling's")
     parser.add_argument("--half", action="store_true", help="store the finished weights in half precision")
     parser.add_argument("--no-compile", action="store_true", help="where there is no C++ compiler; 1.7 times slower")
     arguments = parser.parse_args()
+    choices = dict(SIBLINGS[arguments.sibling])
+    if arguments.language_steps is not None:
+        choices["language_steps"] = arguments.language_steps
     recipe = Recipe(
-        seed=arguments.seed,
-        vision_steps=arguments.vision_steps,
-        language_steps=arguments.language_steps,
-        compiled=not arguments.no_compile,
-        **SIBLINGS[arguments.sibling],
+        seed=arguments.seed, vision_steps=arguments.vision_steps, compiled=not arguments.no_compile, **choices
     )
     if arguments.vision_of is not None:
         take_vision(arguments.vision_of, arguments.out, recipe)
