@@ -354,3 +354,19 @@ def test_the_recipe_is_stored_beside_the_weights(whole):
     import json
 
     assert json.loads((whole / "model" / "recipe.json").read_text()) == json.loads(json.dumps(asdict(TINY)))
+
+
+def test_unbound_words_belong_to_nothing():
+    """Of binding episodes alone, and every item says a word of its episode whatever it shows."""
+    mixture = replace(SIBLINGS["no-binding"]["mixture"], text_only=0.0, repeated=1.0)
+    batch = draw_batch(np.random.default_rng(0), 200, 9, mixture)
+    bound = draw_batch(np.random.default_rng(0), 200, 9, replace(mixture, unbound=0.0))
+    words_of: dict[str, list[int]] = {"unbound": [], "bound": []}
+    for name, drawn in (("unbound", batch), ("bound", bound)):
+        for episode, task in enumerate(drawn.tasks):
+            if task.startswith("binding"):
+                # All items repeat one scene: bound, they say one word; unbound, what is drawn.
+                answers = [t for t in drawn.targets[episode].tolist() if t != -100]
+                words_of[name].append(len(set(answers)))
+    assert set(words_of["bound"]) <= {0, 1}
+    assert max(words_of["unbound"]) > 2

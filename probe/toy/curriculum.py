@@ -108,6 +108,9 @@ def draw_batch(
     for index in range(n_episodes):
         rule = draw_rule(rng, mixture)
         items = draw_items(rule, n_described if rule.task == "describe" else n_items, rng, mixture.repeated)
+        if mixture.unbound and rule.labels and rule.task.startswith("binding") and rng.random() < mixture.unbound:
+            said = list(rule.labels.values())
+            items = [replace(item, answer=said[rng.integers(len(said))]) for item in items]
         wrong = None
         if rule.task in ("vqa", "recognition") and rule.labels is None and rng.random() < mixture.mislabelled:
             wrong = int(rng.integers(len(items)))

@@ -29,6 +29,8 @@ class Mixture:
     four classes, as flipped episodes do: so that this alone does not tell that labels are flipped."""
     mislabelled: float = 0.1
     """Of vqa and recognition episodes with right labels: the share in which one item's label is wrong."""
+    unbound: float = 0.0
+    """Of binding: the share in which words belong to nothing, each item's being drawn anew from the episode's."""
 
     def tasks(self) -> dict[str, float]:
         """The probability of each task."""
@@ -107,7 +109,7 @@ class Recipe:
 SIBLINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "no-guidance": {"guidance": None},
-    "no-binding": {"guidance": None, "language_steps": 4000},
+    "no-binding": {"guidance": None, "mixture": Mixture(flipped=0.0, unbound=1.0)},
 }
-"""Controls: what each changes in a recipe. Without guidance binding is found late, after about 5,000 of 10,000 steps,
-and in part; a training that is over by then has found all else."""
+"""Controls: what each changes in a recipe. Without guidance binding is found late and in part. So the control without
+binding sees none: its new words belong to nothing, and no known ones are exchanged."""
