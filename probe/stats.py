@@ -23,6 +23,10 @@ ROUNDING = 1e-12
 """Values that differ by less than this, relative to the largest, are equal: 0.3 - 0.0 and 0.4 - 0.1 are."""
 
 
+ENDS = ("estimate", "low", "high")
+"""What summaries of results hold along their dimension ``end``."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A number with its uncertainty.
@@ -44,6 +48,11 @@ class Interval:
     high: float
     n: int
     method: str
+
+    @property
+    def ends(self) -> list[float]:
+        """In the order of :data:`ENDS`."""
+        return [self.estimate, self.low, self.high]
 
     def __str__(self) -> str:
         """Three decimals, or as many as show two digits of the width: ``0.412 [0.371, 0.455]``."""

@@ -37,7 +37,7 @@ def test_points_are_the_shares() -> None:
             assert trace.y[place] == expected.estimate
             assert trace.y[place] + trace.error_y.array[place] == pytest.approx(expected.high)
             assert trace.y[place] - trace.error_y.arrayminus[place] == pytest.approx(expected.low)
-            assert trace.customdata[place][0] == place
+            assert trace.customdata[place].tolist() == [*expected.ends, 20]
     assert [trace.name.split(",")[0] for trace in figure.data[:3]] == [
         "the nearest",
         "50% down the ranking",
@@ -59,6 +59,7 @@ def test_what_it_says_and_escapes() -> None:
 def test_from_a_run_with_other_names() -> None:
     result = sweep()
     renamed = result.rename({name: f"sweep_{name}" for name in result.data_vars}).rename(episode="sweep_episode")
-    assert [t.y for t in plot_copy_sweep(renamed).data] == [t.y for t in plot_copy_sweep(result).data]
+    for one, other in zip(plot_copy_sweep(renamed).data, plot_copy_sweep(result).data, strict=True):
+        np.testing.assert_array_equal(one.y, other.y)
     with pytest.raises(UsageError, match="no sweep; run `probe copy-rate --sweep`"):
         plot_copy_sweep(result.drop_vars("said_planted"))

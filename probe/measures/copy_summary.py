@@ -26,9 +26,7 @@ import numpy as np
 import xarray as xr
 
 from probe.measures.copying import NOWHERE
-from probe.stats import Interval, mean_interval, wilson
-
-ENDS = ("estimate", "low", "high")
+from probe.stats import ENDS, Interval, mean_interval, wilson
 
 PUBLISHED: dict[str, tuple[float, float]] = {
     "RS": (43.64, 37.34),
@@ -106,17 +104,17 @@ def summarise_copying(result: xr.Dataset) -> xr.Dataset:
     profiles = [_profile(part, int(result["shots"].max())) for part in groups]
     return xr.Dataset(
         {
-            "rate": (("group", "measure", "end"), [[_ends(row[name]) for name in MEASURES] for row in whole]),
+            "rate": (("group", "measure", "end"), [[row[name].ends for name in MEASURES] for row in whole]),
             "n": (("group", "measure"), [[row[name].n for name in MEASURES] for row in whole]),
             "rate_by_type": (
                 ("group", "answer_type", "measure", "end"),
-                [[[_ends(row[name]) for name in MEASURES] for row in rows] for rows in by_type],
+                [[[row[name].ends for name in MEASURES] for row in rows] for rows in by_type],
             ),
             "n_by_type": (
                 ("group", "answer_type", "measure"),
                 [[[row[name].n for name in MEASURES] for row in rows] for rows in by_type],
             ),
-            "profile": (("group", "place", "end"), [[_ends(point) for point in points] for points in profiles]),
+            "profile": (("group", "place", "end"), [[point.ends for point in points] for points in profiles]),
             "n_profile": ("group", [points[0].n for points in profiles]),
         },
         coords={
@@ -140,10 +138,6 @@ def _groups(result: xr.Dataset) -> list[xr.Dataset]:
 def _name(part: xr.Dataset) -> str:
     shots = int(part["shots"].values[0])
     return f"{part['strategy'].values[0]}, {shots} shot{'s' if shots != 1 else ''}"
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.estimate, interval.low, interval.high]
 
 
 def _profile(part: xr.Dataset, most: int) -> list[Interval]:

@@ -25,9 +25,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from probe.stats import Interval, wilson
+from probe.stats import ENDS, Interval, wilson
 
-ENDS = ("estimate", "low", "high")
 GUESSES = ("chance", "prior", "majority")
 SHARES = {"accuracy": "chosen", "generated": "generated", "in_labels": "in_labels", "in_context": "in_context"}
 
@@ -86,4 +85,4 @@ def _cell(cell: xr.Dataset) -> dict[str, NDArray[np.float64]]:
 
 def _share(flags: NDArray[np.float64]) -> NDArray[np.float64]:
     interval = wilson(int(flags.sum()), len(flags)) if len(flags) else Interval(np.nan, np.nan, np.nan, 0, "nothing")
-    return np.array([interval.estimate, interval.low, interval.high])
+    return np.array(interval.ends)

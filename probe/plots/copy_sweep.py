@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import plotly.colors
 import plotly.graph_objects as go
 import xarray as xr
@@ -9,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from probe.errors import UsageError
 from probe.plots import style
-from probe.stats import Interval, wilson
+from probe.stats import wilson
 
 
 def plot_copy_sweep(result: xr.Dataset) -> go.Figure:
@@ -40,19 +41,34 @@ def plot_copy_sweep(result: xr.Dataset) -> go.Figure:
     similar = result[f"{prefix}similarity"].mean(episode).values.tolist()
     shades = [0.9 - 0.62 * i / max(1, len(levels) - 1) for i in range(len(levels))]
     colours = plotly.colors.sample_colorscale(style.SEQUENTIAL, shades)
+    titles = ("says the planted answer", "says the right answer")
     figure = make_subplots(
         cols=2,
         horizontal_spacing=0.08,
-        subplot_titles=["<b>says the planted answer</b>", "<b>says the right answer</b>"],
+        subplot_titles=[f"<b>{title}</b>" for title in titles],
     )
     figure.update_annotations(font_size=13)
     for column, name in enumerate(("said_planted", "correct"), start=1):
         values = result[f"{prefix}{name}"].transpose("level", "repetition", episode)
         for i, (level, colour) in enumerate(zip(levels, colours, strict=True)):
-            points = [wilson(int(flags.sum()), len(flags)) for flags in values.values[i]]
+            shares = [wilson(int(flags.sum()), len(flags)) for flags in values.values[i]]
             aside = 0.06 * (i - (len(levels) - 1) / 2)
             label = f"{_words(level)}, mean cosine {similar[i]:.2f}"
-            figure.add_trace(_line(repetitions, points, aside, colour, label, legend=column == 1), row=1, col=column)
+            line = style.points(
+                [times + aside for times in repetitions],
+                np.array([share.ends for share in shares]),
+                [share.n for share in shares],
+                [f"planted in {times}" for times in repetitions],
+                what=label,
+                quantity=titles[column - 1],
+                colour=colour,
+                symbol="circle",
+                mode="lines+markers",
+                name=label,
+                legendgroup=label,
+                showlegend=column == 1,
+            )
+            figure.add_trace(line, row=1, col=column)
     n = result.sizes[episode]
     encoder = result.attrs.get("encoder")
     facts = ["Points have 95 % intervals over queries (Wilson). Every level asks the same queries."]
@@ -70,39 +86,11 @@ def plot_copy_sweep(result: xr.Dataset) -> go.Figure:
         note="Planting is an intervention: what rises with it is caused by it.",
     )
     figure.update_xaxes(title_text="demonstrations that give the planted answer", tickvals=repetitions, showgrid=False)
-    figure.update_yaxes(range=[-0.02, 1.02], gridcolor="#e6e8ec", title_text="share of queries", col=1)
-    figure.update_yaxes(range=[-0.02, 1.02], gridcolor="#e6e8ec", col=2)
+    figure.update_yaxes(range=[-0.02, 1.02], gridcolor=style.GRID, title_text="share of queries", col=1)
+    figure.update_yaxes(range=[-0.02, 1.02], gridcolor=style.GRID, col=2)
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.11, "yanchor": "bottom"})
     return figure
 
 
 def _words(level: float) -> str:
     return {0.0: "the nearest", 1.0: "the farthest"}.get(level, f"{level:.0%} down the ranking")
-
-
-def _line(
-    places: list[int], points: list[Interval], aside: float, colour: str, label: str, *, legend: bool
-) -> go.Scatter:
-    return go.Scatter(
-        x=[place + aside for place in places],
-        y=[point.estimate for point in points],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [point.high - point.estimate for point in points],
-            "arrayminus": [point.estimate - point.low for point in points],
-            "thickness": 1.5,
-            "width": 3,
-        },
-        customdata=[[place, point.low, point.high, point.n] for place, point in zip(places, points, strict=True)],
-        hovertemplate=(
-            "planted in %{customdata[0]}: %{y:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]<br>"
-            f"n = %{{customdata[3]}}<extra>{label}</extra>"
-        ),
-        mode="lines+markers",
-        line={"color": colour, "width": 2},
-        marker={"color": colour, "size": 8},
-        name=label,
-        legendgroup=label,
-        showlegend=legend,
-    )
