@@ -648,7 +648,6 @@ def test_a_missing_file_by_name(tmp_path: Path, name: str, missing: str, words: 
         ("vqa2", "did you mean vqav2"),
         ("vl-icl:operator_induction", r"vl-icl:operator_induction:[+x-]"),
         ("vl-icl:open_mi", "read_open_mi"),
-        ("truemicl:sudoku", "known are"),
     ],
 )
 def test_an_unknown_name(tmp_path: Path, name: str, words: str) -> None:
@@ -713,3 +712,49 @@ def test_published_examples_can_be_told_apart_and_hashed(tmp_path: Path) -> None
     net, tied = read_vqa(*vqa(tmp_path))
     assert len({net, tied, replace(net)}) == 2
     assert replace(net, info={}) != net
+
+
+# ------------------------------------------------------------------------------------------------------------ TrueMICL
+
+
+def truemicl(directory: Path) -> Path:
+    """Paths relative to the task's directory in one file, to that of all tasks in the other."""
+    task = directory / "sudoku"
+    for name in ("a", "b", "q"):
+        picture(task / "images" / f"{name}.png")
+    support = [
+        {"id": 1, "image": ["images/a.png"], "question": "What is missing?", "answer": 3, "difficulty": "easy"},
+        {"image": "images/b.png", "question": "What is missing?", "answer": "4"},
+    ]
+    query = [{"id": "q", "image": ["sudoku/images/q.png"], "question": "What is missing?", "answer": "2"}]
+    (task / "support.json").write_text(json.dumps(support))
+    (task / "query.json").write_text(json.dumps(query))
+    return directory
+
+
+def test_truemicl(tmp_path: Path) -> None:
+    found = read_published("truemicl:sudoku", truemicl(tmp_path))
+    images = tmp_path / "sudoku" / "images"
+    assert found == Published(
+        [
+            Example("1", (images / "a.png",), "What is missing?", ("3",), {"difficulty": "easy"}),
+            Example("sudoku-support-2", (images / "b.png",), "What is missing?", ("4",)),
+        ],
+        [Example("q", (images / "q.png",), "What is missing?", ("2",))],
+    )
+
+
+def test_truemicl_of_another_kind_is_refused(tmp_path: Path) -> None:
+    directory = truemicl(tmp_path)
+    with pytest.raises(ProbeError, match=r"the support file of TrueMICL's clocks"):
+        read_published("truemicl:clocks", directory)
+    path = directory / "sudoku" / "query.json"
+    for record, words in (
+        ({"image": ["nowhere.png"], "question": "?", "answer": "2"}, "nowhere.png"),
+        ({"image_path": "images/q.png", "question": "?", "answer": "2"}, "image"),
+        ({"image": "images/q.png", "prompt": "?", "answer": "2"}, "question"),
+        ({"image": "images/q.png", "question": "?", "label": "2"}, "answer"),
+    ):
+        path.write_text(json.dumps([record]))
+        with pytest.raises(ProbeError, match=rf"query\.json, entry 1.*{words}"):
+            read_published("truemicl:sudoku", directory)

@@ -10,9 +10,13 @@ from typing import NamedTuple
 from probe.data.example import Example
 from probe.data.published.files import find
 from probe.data.published.split import Published
+from probe.data.published.truemicl import read_truemicl
 from probe.data.published.vl_icl import TASKS, read_vl_icl
 from probe.data.published.vqa import ShownAnswer, read_vizwiz, read_vqa
 from probe.errors import ProbeError, UsageError, did_you_mean
+
+TRUEMICL = "truemicl:"
+"""Before the name of a task of TrueMICL, which are as many as it has directories."""
 
 FILES_BELOW = ("annotations", "Annotations", "questions", "Questions")
 """Where else the files of a data set are looked for."""
@@ -56,7 +60,7 @@ def read_published(name: str, directory: Path, *, shown: ShownAnswer = "majority
     Parameters
     ----------
     name
-        One of :data:`NAMES`.
+        One of :data:`NAMES`, or ``truemicl:<task>``.
     directory
         Where the files are; for VL-ICL, the directory of all tasks.
     shown
@@ -73,6 +77,8 @@ def read_published(name: str, directory: Path, *, shown: ShownAnswer = "majority
     UsageError
         If the name is unknown, or the data set has no pool.
     """
+    if name.startswith(TRUEMICL) and directory.is_dir():
+        return read_truemicl(directory, name.removeprefix(TRUEMICL))
     if name not in READERS:
         known = did_you_mean(name, NAMES)
         instead = "read_open_mi gives its episodes, as it has no pool." if name == "vl-icl:open_mi" else known

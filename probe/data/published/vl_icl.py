@@ -70,12 +70,12 @@ def read_vl_icl(directory: Path, task: str, *, operator: str | None = None) -> P
         wanted = " or ".join(known or "left out" for known in operators)
         raise UsageError(f"The operator of {task} must be {wanted}, not {operator}.")
     pool = [
-        example for entry in _entries(directory, task, "support") for example in support(entry, directory, operator)
+        example for entry in task_entries(directory, task, "support") for example in support(entry, directory, operator)
     ]
-    queries = _entries(directory, task, "query")
+    queries = task_entries(directory, task, "query")
     if operator is not None:
         queries = [entry for entry in queries if _operator(entry) == operator]
-    return Published(pool, [_example(entry, directory) for entry in queries])
+    return Published(pool, [task_example(entry, directory) for entry in queries])
 
 
 def read_open_mi(directory: Path, *, shots_per_class: int, ways: int = 2, seed: int = 0) -> list[Episode]:
@@ -121,8 +121,8 @@ def read_open_mi(directory: Path, *, shots_per_class: int, ways: int = 2, seed: 
     import numpy as np
 
     episodes = []
-    for number, entry in enumerate(_entries(directory, "open_mi", "query")):
-        query = _example(entry, directory, "support")
+    for number, entry in enumerate(task_entries(directory, "open_mi", "query")):
+        query = task_example(entry, directory, "support")
         pictures = _pictures(entry)
         if query.answer not in pictures:
             entry.refuse(f"the answer {query.answer!r} is not among the classes of 'support'; correct it.")
@@ -151,16 +151,17 @@ def read_open_mi(directory: Path, *, shots_per_class: int, ways: int = 2, seed: 
     return episodes
 
 
-def _entries(directory: Path, task: str, part: str) -> list[Entry]:
-    """The entries of a file, which are named after it where they have no id."""
-    path = find(directory, f"{task}/{part}.json", (), f"the {part} file of VL-ICL's {task}")
-    entries = entries_of(read_json(path, f"VL-ICL's {task}"), path, "the file", named_by="id")
+def task_entries(directory: Path, task: str, part: str, whose: str = "VL-ICL") -> list[Entry]:
+    """The entries of a file of a task, which are named after it where they have no id."""
+    path = find(directory, f"{task}/{part}.json", (), f"the {part} file of {whose}'s {task}")
+    entries = entries_of(read_json(path, f"{whose}'s {task}"), path, "the file", named_by="id")
     for entry in entries:
         entry.record.setdefault("id", f"{task}-{part}-{entry.number}")
     return list(by_name(entries).values())
 
 
-def _example(entry: Entry, directory: Path, *used: str) -> Example:
+def task_example(entry: Entry, directory: Path, *used: str) -> Example:
+    """An entry with image, question and answer; ``used`` names fields that are no news."""
     return Example(
         id=entry.text_or_number("id"),
         images=entry.images("image", directory),
@@ -171,7 +172,7 @@ def _example(entry: Entry, directory: Path, *used: str) -> Example:
 
 
 def _plain(entry: Entry, directory: Path, _: str | None) -> list[Example]:
-    return [_example(entry, directory)]
+    return [task_example(entry, directory)]
 
 
 def _with_operator(entry: Entry, directory: Path, operator: str | None) -> list[Example]:
@@ -180,7 +181,7 @@ def _with_operator(entry: Entry, directory: Path, operator: str | None) -> list[
     if len(answers) != len(OPERATORS):
         entry.refuse(f"'answer' must have one for each of {', '.join(OPERATORS)}, found {len(answers)}; correct it.")
     answer = dict(zip(OPERATORS, answers, strict=True))[str(operator)]
-    return [_example(entry.changed(answer=answer, operator=operator), directory)]
+    return [task_example(entry.changed(answer=answer, operator=operator), directory)]
 
 
 def _pair(entry: Entry, directory: Path, _: str | None) -> list[Example]:
@@ -188,7 +189,7 @@ def _pair(entry: Entry, directory: Path, _: str | None) -> list[Example]:
     name = entry.text_or_number("id")
     halves = {kind: replace(entry, record=entry.value(kind, dict)) for kind in KINDS_OF_PAIR}
     return [
-        _example(half.changed(id=f"{name}-{kind}", pair=entry.number, kind=kind), directory)
+        task_example(half.changed(id=f"{name}-{kind}", pair=entry.number, kind=kind), directory)
         for kind, half in halves.items()
     ]
 
