@@ -55,7 +55,7 @@ def copy_rate(
 
     Your own checkpoint on VQAv2, images compared by CLIP and questions by their words:
 
-        probe copy-rate --model ~/models/OpenFlamingo --data ~/vqav2 --format vqav2 --episodes 1000
+        probe copy-rate --model ~/models/Qwen2.5-VL-7B --data ~/vqav2 --format vqav2 --episodes 1000
         --image-encoder openai/clip-vit-base-patch32 --text-encoder tfidf
 
     Episodes as a synthetic task draws them:

@@ -35,7 +35,7 @@ class Material:
         split is the pool, its validation split is asked.
     task
         A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the
-        end (recognition-text) pictures are replaced by words. The default is recognition.
+        end (recognition-text) pictures are replaced by words. The default is recognition, of copy-rate vqa.
     episodes
         How many episodes; with --data at most one for each example.
     seed
