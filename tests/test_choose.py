@@ -397,6 +397,13 @@ def test_pseudo_answers_are_no_true_ones(world: Any) -> None:
         choose(pool, strategy="sole", shots=3, spaces=pseudo)
 
 
+def test_a_second_round_keeps_the_order_of_the_first(world: Any) -> None:
+    pool, _ = world
+    first = choose(pool, pool[:20], shots=2, n=8, seed=3)
+    second = choose(pool, [e.query for e in first], shots=2, n=8, seed=3, shuffle=False)
+    assert [(e.id, e.query, e.demonstrations) for e in second] == [(e.id, e.query, e.demonstrations) for e in first]
+
+
 def test_vectors_are_embedded_for_what_is_compared() -> None:
     examples = [Example(f"e{i}", (), f"q{i}", (f"a{i}",)) for i in range(3)]
     read: list[list[str]] = []

@@ -86,6 +86,8 @@ def test_copy_rate_on_data_of_ones_own_with_pseudo_answers(capsys, hues, tmp_pat
     assert [group["strategy"] for group in found["groups"]] == ["SQPA", "SI-Q", "RS"]
     episodes = read_manifest(Path("run/episodes.jsonl"))
     assert len(episodes) == 18
+    asked = [[e.query.id for e in episodes if e.strategy == name] for name in ("SQPA", "SI-Q", "RS")]
+    assert asked[0] == asked[1] == asked[2]
     assert all(x.id.startswith("pool-") for e in episodes for x in e.demonstrations)
     assert all(e.query.id.startswith("queries-") for e in episodes)
     assert "tf-idf" in episodes[0].info["encoders"]["question+answer"]

@@ -157,9 +157,10 @@ def choose_episodes(
             first = choose(pool, queries, strategy=choice.first_round, shots=source.shots, spaces=spaces, **options)
             said = answering(model, first, batch_size=batch_size, keep=run.part, name="first-round-")
             pseudo = dict(zip(said["query"].values.tolist(), said["prediction"].values.tolist(), strict=True))
-            asked = [example for example in (pool if queries is None else queries) if example.id in pseudo]
+            asked = [episode.query for episode in first]  # in the order that all strategies ask in
             near = embed(pool, asked, strategies=["SQPA"], texts=texts, pseudo_answers=pseudo)
-            episodes += choose(pool, asked, strategy=name, shots=source.shots, spaces=near, **options)
+            options_now = {**options, "shuffle": False}
+            episodes += choose(pool, asked, strategy=name, shots=source.shots, spaces=near, **options_now)
             continue
         for shots in dict.fromkeys((source.shots, 1) if STRATEGIES[name].alone else (source.shots,)):
             episodes += choose(pool, queries, strategy=name, shots=shots, spaces=near, **options)

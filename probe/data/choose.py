@@ -88,6 +88,7 @@ def choose(
     shots: int,
     n: int | None = None,
     seed: int = 0,
+    shuffle: bool = True,
     order: Order = "similar-last",
     distinct_images: bool = False,
     candidates: int = CANDIDATES,
@@ -112,6 +113,8 @@ def choose(
     n
         Number of episodes at most, default all queries. Each query is taken at most once, in an order drawn from
         ``seed``: the same for all strategies.
+    shuffle
+        Draw that order; else queries are taken as they are given, as after a first round that has drawn it.
     seed
         Episode i of a seed is always the same, whatever ``n``. With more shots, ``RS`` begins with the same
         demonstrations.
@@ -150,7 +153,8 @@ def choose(
 
     shown = Shown(pool)
     episodes = []
-    for number, index in enumerate(np.random.default_rng((seed, 0)).permutation(len(asked))[:n].tolist()):
+    drawn = np.random.default_rng((seed, 0)).permutation(len(asked)) if shuffle else np.arange(len(asked))
+    for number, index in enumerate(drawn[:n].tolist()):
         query = asked[index]
         view = View(
             query=query,
