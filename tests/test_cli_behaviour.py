@@ -208,7 +208,12 @@ def test_task_split_on_data_of_ones_own(capsys, hues):
     data = ("--data", str(hues / "pool.jsonl"), "--episodes", "6", "--shots", "0,3", "--seeds", "1")
     found = json.loads(printed(capsys, "task-split", *data, "--symbols", "dax,wug,fep,toma", "--labels", "3", "--json"))
     assert list(found["shown"]) == ["images"]
-    assert found["shown"]["images"]["gold"]["3"]["guess"] == pytest.approx(1 / 3, abs=0.4)
+    cell = found["shown"]["images"]["gold"]["3"]
+    episodes = read_manifest(Path(found["directory"]) / "episodes.jsonl")
+    assert cell["n"] == len(episodes) == 6
+    commonest = episodes[0].info["label_set"][0]
+    prior = sum(e.query.answer == commonest for e in episodes) / 6
+    assert cell["guess"] == pytest.approx(max(1 / 3, prior))
 
 
 @pytest.mark.parametrize(

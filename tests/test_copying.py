@@ -284,4 +284,4 @@ def test_the_toy_and_a_run_that_goes_on(tmp_path) -> None:
     xr.testing.assert_equal(first, copy_rate(model, episodes, batch_size=4, keep=lambda name, compute: kept[name]))
     assert first["copied"].mean() >= 0.9
     assert first.attrs["experiment"] == "copy_rate"
-    assert "toy" in first.attrs["caveat"] or first.attrs["caveat"]
+    assert "seeded in training" in first.attrs["caveat"]

@@ -84,8 +84,8 @@ def attention_map(
         episodes = source.read_episodes()
         content = episodes_key(episodes)
     with reporter.step("finding the model"):
-        from probe.cli.running import describe_model
-        from probe.store import key, open_run
+        from probe.cli.running import describe_model, run_directory
+        from probe.store import open_run
 
         located, described = describe_model(source)
         config = {
@@ -97,8 +97,7 @@ def attention_map(
             "rows": rows,
             "layers": chosen,
         }
-    name = f"attention-map-{Path(source.model).resolve().name}-{source.what}-{key(config)[:8]}"
-    with open_run(out or Path("probe-runs") / name, config) as run:
+    with open_run(run_directory(out, source, config), config) as run:
         reused = run.finished
         if not reused:
             _compute(run, source, located, episodes, rows, chosen, batch_size, reporter)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from probe.cli.running import RUNS
 from probe.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from probe.models.model import Model
     from probe.store import Run
 
-VECTORS = Path("probe-runs") / "vectors.sqlite"
+VECTORS = RUNS / "vectors.sqlite"
 """Where the vectors of images and texts are kept, for all runs."""
 
 POOL = 512
@@ -152,18 +152,16 @@ def choose_episodes(
     options |= {"distinct_images": choice.distinct_images}
     episodes = []
     for name in names:
-        near = spaces
         if name == "SQPA":
             first = choose(pool, queries, strategy=choice.first_round, shots=source.shots, spaces=spaces, **options)
             said = answering(model, first, batch_size=batch_size, keep=run.part, name="first-round-")
             pseudo = dict(zip(said["query"].values.tolist(), said["prediction"].values.tolist(), strict=True))
             asked = [episode.query for episode in first]  # in the order that all strategies ask in
             near = embed(pool, asked, strategies=["SQPA"], texts=texts, pseudo_answers=pseudo)
-            options_now = {**options, "shuffle": False}
-            episodes += choose(pool, asked, strategy=name, shots=source.shots, spaces=near, **options_now)
+            episodes += choose(pool, asked, strategy=name, shots=source.shots, spaces=near, shuffle=False, **options)
             continue
         for shots in dict.fromkeys((source.shots, 1) if STRATEGIES[name].alone else (source.shots,)):
-            episodes += choose(pool, queries, strategy=name, shots=shots, spaces=near, **options)
+            episodes += choose(pool, queries, strategy=name, shots=shots, spaces=spaces, **options)
     return perturb(episodes, choice.perturbations, seed=source.seed, pool=pool)
 
 

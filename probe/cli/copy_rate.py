@@ -99,8 +99,8 @@ def copy_rate(
         if sweep and material.episodes is not None:
             raise UsageError(f"--sweep needs a pool to choose from, which {source.task} has not; leave it out.")
     with reporter.step("finding the model"):
-        from probe.cli.running import describe_model
-        from probe.store import key, open_run
+        from probe.cli.running import describe_model, run_directory
+        from probe.store import open_run
 
         located, described = describe_model(source)
         config = {
@@ -120,8 +120,7 @@ def copy_rate(
             "counterfactual": counterfactual,
             "sweep": sweep,
         }
-    name = f"copy-rate-{Path(source.model).resolve().name}-{source.what}-{key(config)[:8]}"
-    with open_run(out or Path("probe-runs") / name, config) as run:
+    with open_run(run_directory(out, source, config), config) as run:
         reused = run.finished
         if not reused:
             _compute(run, source, choice, material, located, counterfactual, sweep, batch_size, reporter)
@@ -173,10 +172,15 @@ def _compute(
         progress(n)
     if sweep:
         found = _sweep(run, source, choice, material, model, batch_size, reporter)
-        result = result.merge(found.drop_attrs()).assign_attrs({**result.attrs, "encoder": found.attrs["encoder"]})
-    asked = min(source.episodes, len(material.pool if material.queries is None else material.queries) or len(episodes))
+        result = result.merge(found.drop_attrs()).assign_attrs({**result.attrs, **found.attrs})
+    asked = material.episodes or material.queries or material.pool
     result.attrs |= {"order": choice.order, "image_encoder": choice.image_encoder, "text_encoder": choice.text_encoder}
-    result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"], "n_queries": asked}
+    result.attrs |= {
+        **source.describe(),
+        "key": run.record["key"],
+        **run.record["stamp"],
+        "n_queries": min(source.episodes, len(asked)),
+    }
     run.finish(result)
 
 
@@ -213,7 +217,8 @@ def _sweep(
             progress=progress,
         )
     found = found.rename({name: f"sweep_{name}" for name in (*found.data_vars, "query")})
-    return found.rename(episode="sweep_episode").assign_attrs(encoder=space.encoder)
+    kept = {"encoder": space.encoder, "sweep_n_attempted": found.attrs["n_attempted"]}
+    return found.rename(episode="sweep_episode").drop_attrs().assign_attrs(kept)
 
 
 def draw(result: xr.Dataset, path: Path) -> None:

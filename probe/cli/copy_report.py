@@ -27,10 +27,14 @@ def show(
         paths = {"directory": str(directory), "picture": str(picture), "reused": reused}
         reporter.json({**result.attrs, **as_json(summary), **paths})
         return
-    reporter.facts(result, reused=reused)
+    asked = int(result.attrs["n_queries"])
+    reporter.facts(result, [("queries", str(asked))], reused=reused)
     for made in (_copied(summary), _caused(summary), _places(summary), _types(summary)):
         if made is not None:
             reporter.out.print(made)
+    fewest = int(summary["n"].sel(measure="copy_rate").min())
+    if fewest < asked:
+        reporter.note(f"n below {asked}: for the other queries nobody in the pool gives what the strategy needs.")
     reporter.note(
         "Shares with 95 % intervals over queries. Where demonstrations are retrieved, they share the query's answer "
         "because they are like it: the copy rate has no null there, and harmful and counterfactual copying are what to "
@@ -88,18 +92,20 @@ def _types(summary: xr.Dataset) -> Table | None:
         return None
     made = table("By answer type", ("demonstrations", *(f"{k}: {what}" for k in types for what in ("CR", "harmful"))))
     for group in _groups(summary):
-        by_type = group.drop_vars(("rate", "n")).rename(rate_by_type="rate")
+        by_type = group.drop_vars(("rate", "n")).rename(rate_by_type="rate", n_by_type="n")
         cells = [_rate(by_type.sel(answer_type=k), m) for k in types for m in ("copy_rate", "harmful")]
         made.add_row(str(group["group"].item()), *cells)
     return made
 
 
 def _rate(group: xr.Dataset, measure: str) -> str:
-    """``0.437 [0.38, 0.49]``."""
+    """``0.437 [0.38, 0.49]``, and its n where that is smaller than the group's."""
     estimate, low, high = group["rate"].sel(measure=measure).values.tolist()
     if estimate != estimate:
         return "–"
-    return f"{estimate:.3f}" + (escape(f" [{low:.2f}, {high:.2f}]") if low == low else "")
+    n, all_of_them = (int(group["n"].sel(measure=name)) for name in (measure, "copy_rate"))
+    of_fewer = f", n {n}" if n < all_of_them else ""
+    return f"{estimate:.3f}" + (escape(f" [{low:.2f}, {high:.2f}]") if low == low else "") + of_fewer
 
 
 def as_json(summary: xr.Dataset) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probe.errors import ProbeError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from probe.store import Run
 
 MANIFEST = "episodes.jsonl"
+
+RUNS = Path("probe-runs")
+"""Where runs are that were given no place."""
 
 
 def describe_model(source: Material) -> tuple[Located, dict[str, object]]:
@@ -36,6 +40,16 @@ def describe_model(source: Material) -> tuple[Located, dict[str, object]]:
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
     }
+
+
+def run_directory(out: Path | None, source: Material, config: Mapping[str, object]) -> Path:
+    """Where a run goes: as asked, else a name under probe-runs/ made from its settings."""
+    from probe.store import key
+
+    if out is not None:
+        return out
+    command = str(config["experiment"]).replace("_", "-")
+    return RUNS / f"{command}-{Path(source.model).resolve().name}-{source.what}-{key(config)[:8]}"
 
 
 def load_model(source: Material, located: Located) -> Model:

@@ -108,8 +108,8 @@ def task_split(
         rests = read_reliance_episodes(source)
         content = {name: episodes_key(episodes) for name, episodes in shown.items()}
     with reporter.step("finding the model"):
-        from probe.cli.running import describe_model
-        from probe.store import key, open_run
+        from probe.cli.running import describe_model, run_directory
+        from probe.store import open_run
 
         located, described = describe_model(source)
         config = {
@@ -122,8 +122,7 @@ def task_split(
             "seeds": seeds,
             "symbols": list(meaningless),
         }
-    name = f"task-split-{Path(source.model).resolve().name}-{source.what}-{key(config)[:8]}"
-    with open_run(out or Path("probe-runs") / name, config) as run:
+    with open_run(run_directory(out, source, config), config) as run:
         reused = run.finished
         if not reused:
             _compute(run, source, shown, rests, numbers, meaningless, located, batch_size, reporter)

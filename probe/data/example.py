@@ -58,7 +58,8 @@ class Episode:
     query
         The example to answer.
     strategy
-        How the demonstrations were chosen: ``random``, ``synthetic:<task>``, …
+        How the demonstrations were chosen: a name of :data:`probe.data.strategies.STRATEGIES`, ``balanced``,
+        ``synthetic:<task>``, …
     seed
         The seed of that choice.
     perturbations

@@ -6,6 +6,8 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -64,6 +66,21 @@ def open_image(picture: Picture, *, where: str) -> Image.Image:
         raise ProbeError(_damaged(where, name, error)) from error
     with opened:
         return _upright_rgb(opened, where, name)
+
+
+def image_identity(picture: Picture, *, where: str) -> str:
+    """The same string for the same image: the same file, links followed, or in memory the same pixels.
+
+    Copies of a file under two names are two images here; only their pixels could tell.
+    """
+    if isinstance(picture, Image.Image):
+        return f"pixels {pixel_hash(open_image(picture, where=where))}"
+    return _file_identity(picture)
+
+
+@cache  # following links asks the disk, and many examples show one of a hundred thousand files
+def _file_identity(path: Path) -> str:
+    return f"file {path.resolve()}"
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -9,10 +9,8 @@ from functools import cached_property
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image
-
-from probe.data.example import Example, Picture
-from probe.data.images import open_image, pixel_hash
+from probe.data.example import Example
+from probe.data.images import image_identity
 from probe.scoring import answer_key
 
 if TYPE_CHECKING:
@@ -64,14 +62,7 @@ class Shown:
 
 
 def _pictures(example: Example) -> set[str]:
-    return {_identity(image, example) for image in example.images}
-
-
-def _identity(picture: Picture, example: Example) -> str:
-    """Give the same string for the same image."""
-    if isinstance(picture, Image.Image):
-        return f"pixels {pixel_hash(open_image(picture, where=f'example {example.id}'))}"
-    return f"file {picture.resolve()}"
+    return {image_identity(image, where=f"example {example.id}") for image in example.images}
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking

@@ -112,7 +112,7 @@ def _units(model: Model, episodes: Sequence[Episode], batch_size: int) -> Iterat
     """Episodes that are read together, in their order; where the family asks for it, with equally many images."""
     unit: list[Episode] = []
     for episode in episodes:
-        unlike = model.family.like_images and unit and n_images(unit[-1]) != n_images(episode)
+        unlike = model.family.like_images and unit and _n_images(unit[-1]) != _n_images(episode)
         if len(unit) == batch_size or unlike:
             yield unit
             unit = []
@@ -120,8 +120,7 @@ def _units(model: Model, episodes: Sequence[Episode], batch_size: int) -> Iterat
     yield unit
 
 
-def n_images(episode: Episode) -> int:
-    """Images that an episode shows."""
+def _n_images(episode: Episode) -> int:
     return sum(len(example.images) for example in episode.examples)
 
 

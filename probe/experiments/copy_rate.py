@@ -88,8 +88,11 @@ def copy_rate(
             if progress:
                 progress(len(episodes) + done)
 
-        after = answering(model, changed, name="planted-", progress=onward, **options) if changed else None  # type: ignore[arg-type]
-        result = result.merge(_compared(result, changed, after))
+        said: list[str] = []
+        if changed:
+            after = answering(model, changed, name="planted-", progress=onward, **options)  # type: ignore[arg-type]
+            said = after["prediction"].values.tolist()
+        result = result.merge(_compared(result, changed, said))
     result.attrs |= {"experiment": "copy_rate", "counterfactual": int(counterfactual), "planting_seed": seed}
     return result
 
@@ -144,17 +147,15 @@ def _type_of(example: Example) -> str:
     return str(example.info.get("answer_type") or answer_type(example.answer))
 
 
-def _compared(result: xr.Dataset, changed: Sequence[Episode], after: xr.Dataset | None) -> xr.Dataset:
-    """What was said before and after planting."""
+def _compared(result: xr.Dataset, changed: Sequence[Episode], after: Sequence[str]) -> xr.Dataset:
+    """What was said before planting and, for the episodes that were changed, ``after``."""
     n = result.sizes["episode"]
     said = {name: np.full(n, np.nan) for name in ("planted_before", "planted_after")}
     texts = {name: [""] * n for name in ("planted", "after")}
     where = np.full(n, NOWHERE)
     places = {name: place for place, name in enumerate(result["episode"].values.tolist())}
-    for number, episode in enumerate(changed):
-        assert after is not None
-        place = places[episode.id]
-        answer, then = episode.info["planted"]["answer"], str(after["prediction"].values[number])
+    for episode, then in zip(changed, after, strict=True):
+        place, answer = places[episode.id], episode.info["planted"]["answer"]
         where[place] = episode.info["planted"]["demonstration"]
         texts["planted"][place], texts["after"][place] = answer, then
         said["planted_before"][place] = exact_match(str(result["prediction"].values[place]), [answer])

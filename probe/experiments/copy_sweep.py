@@ -93,7 +93,7 @@ def copy_sweep(
     -------
     xarray.Dataset
         Over (level, repetition, episode): ``said_planted`` and ``correct``; over (level, episode): ``similarity``, the
-        mean cosine of the demonstrations.
+        mean cosine of the demonstrations. ``n_attempted`` counts the queries that were left out too.
 
     Raises
     ------
@@ -137,7 +137,12 @@ def copy_sweep(
             "repetition": range(shots + 1),
             "query": ("episode", [one.episode.query.id for one in planted[0]]),
         },
-        attrs={**answers.attrs, "experiment": "copy_sweep", "encoder": space.encoder, "sweep_shots": shots},
+        attrs={
+            **answers.attrs,
+            "experiment": "copy_sweep",
+            "encoder": space.encoder,
+            "n_attempted": min(n, len(pool if queries is None else queries)),
+        },
     )
 
 

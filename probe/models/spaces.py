@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from probe.data.choose import Space
-from probe.data.example import Example, Picture
+from probe.data.example import Example
+from probe.data.images import image_identity
 from probe.data.strategies import STRATEGIES, Key
 from probe.errors import UsageError
 from probe.models.encoders import Encoder
@@ -101,18 +101,14 @@ def _of_images(encoder: Encoder, examples: Sequence[Example], strategy: str) -> 
     if blind is not None:
         raise UsageError(f"Example {blind.id!r} has no image, but {strategy} compares images; choose by text.")
     # Many examples may ask about one image, which is encoded once.
-    pictures = [image for example in examples for image in example.images]
-    distinct = {key: place for place, key in enumerate(dict.fromkeys(map(_place_of, pictures)))}
-    given = {_place_of(picture): picture for picture in pictures}
-    flat = encoder.images([given[key] for key in distinct])
+    named = [(image_identity(image, where=f"example {x.id}"), image) for x in examples for image in x.images]
+    given = dict(named)
+    distinct = {name: place for place, name in enumerate(given)}
+    flat = encoder.images(list(given.values()))
     unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    unit = unit[[distinct[_place_of(picture)] for picture in pictures]]
+    unit = unit[[distinct[name] for name, _ in named]]
     ends = np.cumsum([len(example.images) for example in examples])[:-1]
     return np.stack([part.mean(0) for part in np.split(unit, ends)])
-
-
-def _place_of(picture: Picture) -> str | int:
-    return id(picture) if isinstance(picture, Image.Image) else str(picture)
 
 
 def _of_texts(encoder: Encoder, texts: Sequence[str]) -> Any:

@@ -70,8 +70,11 @@ def plot_copy_sweep(result: xr.Dataset) -> go.Figure:
             )
             figure.add_trace(line, row=1, col=column)
     n = result.sizes[episode]
+    attempted = int(result.attrs.get(f"{prefix}n_attempted", n))
     encoder = result.attrs.get("encoder")
     facts = ["Points have 95 % intervals over queries (Wilson). Every level asks the same queries."]
+    if attempted > n:
+        facts.append(f"{attempted - n} more queries leave no wrong answer to plant.")
     if encoder:
         facts.append(f"Likeness: cosine of {encoder}.")
     style.finish(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
 from probe.data.example import Example, Picture
-from probe.data.images import open_image, pixel_hash
+from probe.data.images import image_identity, open_image
 from probe.errors import ProbeError
 
 NAMED_AT_MOST = 5
@@ -35,14 +36,14 @@ def check_disjoint(pool: Sequence[Example], queries: Sequence[Example], *, pixel
     ProbeError
         With the ids, if an image is in both; or if an image cannot be opened.
     """
-    known: dict[Picture, str] = {}
+    known: dict[Path, str] = {}
 
     def identity(image: Picture, example: Example) -> str:
-        if isinstance(image, Image.Image):
-            return pixel_hash(open_image(image, where=f"example {example.id}"))
+        where = f"example {example.id}"
+        if not pixels or isinstance(image, Image.Image):
+            return image_identity(image, where=where)
         if image not in known:
-            where = f"example {example.id}"
-            known[image] = pixel_hash(open_image(image, where=where)) if pixels else str(image.resolve())
+            known[image] = image_identity(open_image(image, where=where), where=where)
         return known[image]
 
     shown: dict[str, str] = {}
