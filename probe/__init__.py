@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from probe.plots.demonstration_position import plot_mass_by_demonstration
     from probe.plots.overlay import plot_overlay
     from probe.plots.task_split import plot_task_split
-    from probe.trace.edit import Edit, zero_head
+    from probe.trace.ablate import zero_head
+    from probe.trace.edit import Edit
     from probe.trace.read import read
 
 # Loaded at first use, so that `probe --help` loads no torch.
@@ -71,7 +72,7 @@ _HOMES = {
     "plot_overlay": "probe.plots.overlay",
     "plot_task_split": "probe.plots.task_split",
     "Edit": "probe.trace.edit",
-    "zero_head": "probe.trace.edit",
+    "zero_head": "probe.trace.ablate",
     "read": "probe.trace.read",
 }
 

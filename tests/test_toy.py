@@ -27,7 +27,7 @@ from probe.toy.evaluate import (
 )
 from probe.toy.reading import Answers, Reader
 from probe.toy.tables import guided_heads, heads_table, recipe_differences
-from probe.trace.edit import zero_head
+from probe.trace.ablate import zero_head
 
 NAMES = tuple(BUNDLED)
 

@@ -11,7 +11,8 @@ import torch
 
 from probe.errors import UsageError
 from probe.models.load import load
-from probe.trace.edit import Edit, zero_head
+from probe.trace.ablate import zero_head
+from probe.trace.edit import Edit
 from probe.trace.generate import generate
 from probe.trace.read import read
 from tests.tiny_qwen import make_episode, make_module, make_processor

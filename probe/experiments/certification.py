@@ -27,7 +27,8 @@ from probe.models.model import Model
 from probe.models.oracle import naive_attention, observed
 from probe.models.sites import AttentionSite
 from probe.models.token_map import ROLES, segments_for
-from probe.trace.edit import Context, Edit, zero_head
+from probe.trace.ablate import zero_head
+from probe.trace.edit import Context, Edit
 from probe.trace.read import LayerValues, Reading, read
 
 MASS_BOUND = 2e-5

@@ -18,15 +18,18 @@ template. The modality follows from the role: ``visual`` (image), ``textual`` (q
 (template, delimiter), ``sink``. So textual mass never contains structural tokens.
 
 A *segment* is all positions of one role and one owner; its label is ``demo0/image``, ``query/question``, ``sink`` …
+A *selection* (:func:`parse_selection`) names several at once: ``demos/image``, ``demo0``, ``sink+query``.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from probe.errors import UsageError
 from probe.segments import NEITHER, QUERY
 
 MODALITY_OF_ROLE = {
@@ -126,3 +129,82 @@ class TokenMap:
     def answer(self) -> NDArray[np.intp]:
         """The positions of the query's answer."""
         return self.where("answer", QUERY)
+
+
+ROLES_BY_WORD = {
+    "image": ("image",),
+    "question": ("question",),
+    "answer": ("answer",),
+    "text": ("question", "answer"),
+    "delimiter": ("delimiter",),
+    "": TURN_ROLES,
+}
+"""What may follow an owner in a selection."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of an episode's positions, by role and owner.
+
+    Attributes
+    ----------
+    parts
+        Each an owner (a demonstration, :data:`QUERY`, :data:`NEITHER`, or ``None`` for all demonstrations) and roles.
+    """
+
+    parts: tuple[tuple[int | None, tuple[str, ...]], ...]
+
+    def holds(self, role: str, demonstration: int) -> bool:
+        """Whether positions of this role and owner are meant."""
+        return any(
+            role in roles and (demonstration == owner if owner is not None else demonstration >= 0)
+            for owner, roles in self.parts
+        )
+
+    def of(self, token_map: TokenMap) -> NDArray[np.bool_]:
+        """``[n]``, which positions of an episode are meant."""
+        pairs = zip(token_map.role.tolist(), token_map.demonstration.tolist(), strict=True)
+        return np.array([role != PADDING and self.holds(ROLES[role], owner) for role, owner in pairs], dtype=bool)
+
+
+def parse_selection(name: str) -> Selection:
+    """Read the name of a selection.
+
+    Parameters
+    ----------
+    name
+        ``OWNER/ROLE`` or ``OWNER`` (the whole turn), or several joined by ``+``. Owners: ``demos`` (all of them),
+        ``demo0``, ``demo1`` …, ``query``. Roles: ``image``, ``question``, ``answer``, ``text`` (question and answer),
+        ``delimiter``. Beside them ``sink``, ``template``, and ``all``.
+
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    UsageError
+        If it is no such name.
+
+    Examples
+    --------
+    >>> parse_selection("demos/image+sink").parts
+    ((None, ('image',)), (-2, ('sink',)))
+    """
+    parts: list[tuple[int | None, tuple[str, ...]]] = []
+    for part in name.replace(" ", "").split("+"):
+        found = re.fullmatch(r"(demos|query|demo(\d+))(?:/(\w+))?", part)
+        if part in ("sink", "template"):
+            parts.append((NEITHER, (part,)))
+        elif part == "all":
+            parts += [(None, TURN_ROLES), (QUERY, TURN_ROLES), (NEITHER, ("sink", "template"))]
+        elif found and (found[3] or "") in ROLES_BY_WORD:
+            owner = {"demos": None, "query": QUERY}[found[1]] if not found[2] else int(found[2])
+            parts.append((owner, ROLES_BY_WORD[found[3] or ""]))
+        else:
+            roles = ", ".join(role for role in ROLES_BY_WORD if role)
+            raise UsageError(
+                f"There are no tokens {part!r}. Write an owner (demos, demo0, demo1 …, query), with a role after a "
+                f"slash if not all are meant ({roles}), or sink, template, all; join several by +: demos/image+sink."
+            )
+    return Selection(tuple(parts))

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from probe.errors import UsageError
 from probe.models.encoding import Batch
 from probe.models.sites import Axis
 
@@ -90,16 +88,3 @@ class Edit:
     layer: int
     fn: Callable[[Tensor, Context], Tensor]
     axis: Axis = "text"
-
-
-def zero_head(layer: int, head: int, axis: Axis = "text") -> Edit:
-    """Remove one head: its output is zero at every position."""
-
-    def fn(value: Tensor, context: Context) -> Tensor:
-        if not 0 <= head < value.shape[2]:
-            raise UsageError(f"Layer {layer} has heads 0 to {value.shape[2] - 1}; asked for {head}.")
-        kept = torch.ones(value.shape[2], dtype=value.dtype, device=value.device)
-        kept[head] = 0
-        return value * kept[:, None]
-
-    return Edit("heads", layer, fn, axis)

@@ -75,14 +75,14 @@ class Reading:
 _wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 
 
-def _wrap(model: Model) -> Any:
+def wrap(model: Model) -> Any:
     """The model's nnsight wrapper, made once."""
     if model not in _wrapped:
         _wrapped[model] = NNsight(model.module)
     return _wrapped[model]
 
 
-def _attention_call(attention: Any) -> Any:
+def attention_call(attention: Any) -> Any:
     """The operation inside an attention module's forward that runs the kernel.
 
     Its name is bound to the version of nnsight: of the lines that mention ``attention_interface``, the last is the
@@ -143,35 +143,27 @@ def read(
     for site in sites:
         if site not in ("attention", "heads"):
             raise UsageError(f"There is no site {site!r} to read; there are attention and heads.")
-    for edit in edits:
-        if edit.site != "heads":
-            raise UsageError(f"There is no site {edit.site!r} to edit; there is heads.")
     if bool(sites) != (reduce is not None):
         raise UsageError("Reading needs both sites and a reducer, or neither.")
     places = {(site.axis, site.layer): site for site in model.sites}
-    model.choose_layers([edit.layer for edit in edits] or None)
-    for edit in edits:
-        if (edit.axis, edit.layer) not in places:
-            raise UsageError(f"Layer {edit.layer} of {model.name} has no attention to the {edit.axis}.")
-    axes: tuple[Axis, ...] = ("text", "vision") if _shows_images(batch) else ("text",)
+    axes = axes_of(batch)
     chosen = {(axis, layer) for axis in axes for layer in model.choose_layers(layers, axis)} if sites else set()
     reducer = cast(Reducer, reduce)  # there is one wherever a layer was chosen: both come with sites
-    edited = {(edit.axis, edit.layer) for edit in edits if edit.axis in axes}
-    wrapped = _wrap(model)
+    edited = edits_by_place(model, batch, edits)
+    wrapped = wrap(model)
     inputs = {**batch.inputs, "logits_to_keep": logits_to_keep, "use_cache": False}
     with torch.set_grad_enabled(gradients):
         with wrapped.trace(**inputs):
             collected = {}.save()
-            for place in [place for place in places if place in chosen | edited]:
+            for place in [place for place in places if place in chosen | edited.keys()]:
                 site = wrapped.get(places[place].attention)
-                attention = _describe(places[place], *_attention_call(site).inputs)
+                attention = describe(places[place], *attention_call(site).inputs)
                 heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
                 if place in chosen:
                     collected[place] = _reduce(reducer, sites, attention, heads, batch)
                 if place in edited:
-                    for edit in edits:
-                        if (edit.axis, edit.layer) == place:
-                            heads = edit.fn(heads, Context(batch, edit.layer, attention))
+                    for edit in edited[place]:
+                        heads = edit.fn(heads, Context(batch, edit.layer, attention))
                     site.o_proj.input = heads.flatten(2)
                 # The model runs on while these names hold tensors, which would add to the peak of what comes next.
                 # (nnsight keeps a trace body's names in a dictionary of its own, in which `del` has no effect.)
@@ -181,12 +173,32 @@ def read(
     return Reading(logits=logits, layers=text, cross=vision)
 
 
-def _shows_images(batch: Batch) -> bool:
-    """Whether cross-attention runs at all: on text alone some families skip it."""
-    return any(encoding.images for encoding in batch.encodings)
+def axes_of(batch: Batch) -> tuple[Axis, ...]:
+    """On which axes attention runs: on text alone some families skip cross-attention."""
+    return ("text", "vision") if any(encoding.images for encoding in batch.encodings) else ("text",)
 
 
-def _describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
+def edits_by_place(model: Model, batch: Batch, edits: Sequence[Edit]) -> dict[tuple[Axis, int], list[Edit]]:
+    """Edits by axis and layer, in the order in which the attention modules run.
+
+    Raises
+    ------
+    UsageError
+        If a site, a layer or its attention on an axis does not exist.
+    """
+    places = [(site.axis, site.layer) for site in model.sites]
+    model.choose_layers([edit.layer for edit in edits] or None)
+    for edit in edits:
+        if edit.site != "heads":
+            raise UsageError(f"There is no site {edit.site!r} to edit; there is heads.")
+        if (edit.axis, edit.layer) not in places:
+            raise UsageError(f"Layer {edit.layer} of {model.name} has no attention to the {edit.axis}.")
+    axes = axes_of(batch)
+    found = {place: [edit for edit in edits if (edit.axis, edit.layer) == place] for place in places}
+    return {place: own for place, own in found.items() if own and place[0] in axes}
+
+
+def describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
     """The arguments of the attention call, by name."""
     module, q, k, v, mask, *_ = arguments
     # As transformers decides it: a kernel without a mask is causal, unless it decodes a single position.

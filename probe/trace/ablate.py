@@ -1,0 +1,244 @@
+"""Edits that take something away: attention to some keys, what tells keys apart, or heads.
+
+==================  ====================================================================================================
+:func:`knockout`    attention from chosen rows to chosen keys becomes exactly zero, the rest is renormalised
+:func:`uniform`     chosen rows attend alike to every key that they can see
+:func:`mean_heads`  heads write their mean over other episodes, whatever they read
+:func:`zero_head`   a head writes nothing
+==================  ====================================================================================================
+
+Rows and keys are named as in :func:`~probe.models.token_map.parse_selection`; ``answer`` as rows are the positions that
+predict the query's answer: the last of the prompt, and those of the answer but its last. While the model generates,
+every new position is such a row, and as a key it belongs to ``query/answer``.
+
+The heads' outputs of these rows are computed again from the model's own q, k, v and mask, with a mask that hides the
+keys: softmax over what is left, in the type of the weights, as the kernel does it. A row that loses no key that it can
+see keeps its output to the bit. A row that loses every key has nothing to attend to, and its heads write nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probe.errors import UsageError
+from probe.measures.mass import row_visibility
+from probe.models.encoding import Encoding
+from probe.models.sites import Axis
+from probe.models.token_map import Selection, parse_selection
+from probe.segments import QUERY
+from probe.trace.edit import Attention, Context, Edit
+
+Keys = str | Callable[[Encoding], NDArray[np.bool_]]
+"""A name, or for an encoding which of its positions on the axis are meant, ``[n]``."""
+
+ANSWER = "answer"
+
+
+def knockout(
+    layers: Sequence[int],
+    keys: Keys,
+    rows: str = ANSWER,
+    heads: Sequence[int] | None = None,
+    axis: Axis = "text",
+) -> list[Edit]:
+    """Hide keys from rows (attention knockout; Geva et al., EMNLP 2023).
+
+    Parameters
+    ----------
+    layers
+        Where.
+    keys
+        What is hidden.
+    rows
+        From whom.
+    heads
+        In which heads; default all.
+    axis
+        Where the keys stand.
+
+    Returns
+    -------
+    list of Edit
+        One a layer.
+
+    Raises
+    ------
+    UsageError
+        If a name does not exist.
+    """
+    hidden, asked = parse_selection(keys) if isinstance(keys, str) else keys, parse_rows(rows)
+
+    def fn(value: Tensor, context: Context) -> Tensor:
+        blocked = _blocked(hidden, context)[:, None]
+        changed, positions, visible = _rows(asked, context)
+        left = visible & ~blocked
+        alive = left.any(-1, keepdim=True)
+        # A softmax over nothing is undefined: such a row is computed as it was, and then set to zero.
+        new = _attend(context.attention, positions, torch.where(alive, left, visible))
+        lost = changed & (visible & blocked).any(-1)
+        return _put(value, new.masked_fill(~alive[:, None], 0), positions, lost, heads, context)
+
+    return [Edit("heads", layer, fn, axis) for layer in layers]
+
+
+def uniform(
+    layers: Sequence[int], rows: str = ANSWER, heads: Sequence[int] | None = None, axis: Axis = "text"
+) -> list[Edit]:
+    """Let rows attend alike to every key that they can see: their heads write the mean of the values.
+
+    Parameters
+    ----------
+    layers, rows, heads, axis
+        As in :func:`knockout`.
+
+    Returns
+    -------
+    list of Edit
+        One a layer.
+    """
+    asked = parse_rows(rows)
+
+    def fn(value: Tensor, context: Context) -> Tensor:
+        at = context.attention
+        changed, positions, visible = _rows(asked, context)
+        weights = visible.float() / visible.sum(-1, keepdim=True).clamp(min=1)
+        new = weights[:, None] @ at.v.repeat_interleave(at.q.shape[1] // at.v.shape[1], dim=1).float()
+        return _put(value, new, positions, changed & visible.any(-1), heads, context)
+
+    return [Edit("heads", layer, fn, axis) for layer in layers]
+
+
+def mean_heads(means: Mapping[tuple[int, int], Tensor], rows: str = ANSWER, axis: Axis = "text") -> list[Edit]:
+    """Replace what heads write at some rows by a fixed vector each, such as their mean over other episodes.
+
+    Parameters
+    ----------
+    means
+        By layer and head, ``[head_dim]``, before the output projection.
+    rows
+        Where.
+    axis
+        Which attention of the layer.
+
+    Returns
+    -------
+    list of Edit
+        One a layer.
+    """
+    asked = parse_rows(rows)
+
+    def edit(layer: int) -> Edit:
+        own = {head: mean for (at, head), mean in means.items() if at == layer}
+
+        def fn(value: Tensor, context: Context) -> Tensor:
+            _check_heads(list(own), value, layer)
+            changed, positions, _ = _rows(asked, context)
+            new = value.new_zeros(len(value), value.shape[2], positions.shape[1], value.shape[3])
+            for head, mean in own.items():
+                new[:, head] = mean.to(value)
+            return _put(value, new, positions, changed, list(own), context)
+
+        return Edit("heads", layer, fn, axis)
+
+    return [edit(layer) for layer in sorted({layer for layer, _ in means})]
+
+
+def zero_head(layer: int, head: int, axis: Axis = "text") -> Edit:
+    """Remove one head: its output is zero at every position."""
+
+    def fn(value: Tensor, context: Context) -> Tensor:
+        _check_heads([head], value, layer)
+        kept = torch.ones(value.shape[2], dtype=value.dtype, device=value.device)
+        kept[head] = 0
+        return value * kept[:, None]
+
+    return Edit("heads", layer, fn, axis)
+
+
+def parse_rows(rows: str) -> Selection | None:
+    """Read the name of rows; ``None`` are those that predict the query's answer."""
+    return None if rows == ANSWER else parse_selection(rows)
+
+
+def _blocked(hidden: Selection | Callable[[Encoding], NDArray[np.bool_]], context: Context) -> Tensor:
+    """``[batch, key]``, which keys of an attention call are meant."""
+    batch, at = context.batch, context.attention
+    width = at.k.shape[2]
+    in_text = at.axis == "text"
+    found = torch.zeros(len(batch), max(width, batch.length + context.step) if in_text else width, dtype=torch.bool)
+    for row, encoding, pad in zip(found, batch.encodings, batch.pads, strict=True):
+        token_map = encoding.token_map if in_text else encoding.vision_map
+        assert token_map is not None  # cross-attention runs only in families that map its axis
+        meant = hidden.of(token_map) if isinstance(hidden, Selection) else hidden(encoding)
+        if in_text:
+            row[pad : batch.length] = torch.from_numpy(meant)[: batch.length - pad]
+            if isinstance(hidden, Selection):
+                row[batch.length :] = hidden.holds("answer", QUERY)
+        else:
+            row[: len(meant)] = torch.from_numpy(meant)
+    return found[:, -width:].to(at.k.device)  # a layer with a window keeps the last keys
+
+
+def _rows(asked: Selection | None, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of an attention call that are meant.
+
+    Returns
+    -------
+    tuple of Tensor
+        Whether each place is used ``[batch, row]``, its position ``[batch, row]``, and which keys it can see
+        ``[batch, row, key]``.
+    """
+    batch, at = context.batch, context.attention
+    n = at.q.shape[2]
+    meant = torch.zeros(len(batch), n, dtype=torch.bool)
+    if context.step:
+        meant[:] = asked is None or asked.holds("answer", QUERY)
+    else:
+        for row, encoding, pad in zip(meant, batch.encodings, batch.pads, strict=True):
+            if asked is None:
+                places = encoding.token_map.answer - 1 + pad
+                row[places[places < n]] = True
+            else:
+                row[pad:] = torch.from_numpy(asked.of(encoding.token_map))[: n - pad]
+    positions = torch.full((len(batch), max(1, int(meant.sum(1).max()))), n - 1)
+    changed = torch.zeros_like(positions, dtype=torch.bool)
+    for b, row in enumerate(meant):
+        places = row.nonzero()[:, 0]
+        positions[b, : len(places)], changed[b, : len(places)] = places, True
+    positions, changed = positions.to(at.q.device), changed.to(at.q.device)
+    return changed, positions, row_visibility(at.mask, at.causal, positions, n, at.k.shape[2])
+
+
+def _attend(at: Attention, positions: Tensor, visible: Tensor) -> Tensor:
+    """Outputs of all heads at some rows that see some keys, ``[batch, head, row, head_dim]``."""
+    groups = at.q.shape[1] // at.k.shape[1]
+    q = at.q.gather(2, positions[:, None, :, None].expand(-1, at.q.shape[1], -1, at.q.shape[3]))
+    k, v = at.k.repeat_interleave(groups, dim=1), at.v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=at.scale)
+
+
+def _put(
+    value: Tensor, new: Tensor, positions: Tensor, changed: Tensor, heads: Sequence[int] | None, context: Context
+) -> Tensor:
+    """``value`` ``[batch, position, head, head_dim]`` with new outputs of the chosen heads at changed rows."""
+    chosen = torch.ones(value.shape[2], dtype=torch.bool, device=value.device)
+    if heads is not None:
+        _check_heads(heads, value, context.layer)
+        chosen[:] = False
+        chosen[list(heads)] = True
+    b, h, r = (changed[:, None] & chosen[None, :, None]).nonzero(as_tuple=True)
+    replaced = value.clone()
+    replaced[b, positions[b, r], h] = new[b, h, r].to(value.dtype)
+    return replaced
+
+
+def _check_heads(heads: Sequence[int], value: Tensor, layer: int) -> None:
+    wrong = [head for head in heads if not 0 <= head < value.shape[2]]
+    if wrong:
+        raise UsageError(f"Layer {layer} has heads 0 to {value.shape[2] - 1}; asked for {', '.join(map(str, wrong))}.")
