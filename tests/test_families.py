@@ -27,6 +27,7 @@ from probe.models.oracle import naive_attention, observed
 from probe.models.token_map import ROLES, segments_for
 from probe.trace.edit import Edit
 from probe.trace.generate import generate
+from probe.trace.read import read
 from tests import model_matrix
 from tests.tiny_families import MODEL_TYPES, Tiny, build, save
 from tests.tiny_qwen import make_episode, picture
@@ -163,6 +164,31 @@ def test_generation_reads_the_images_and_its_own_answer(model):
             inputs |= model.family.finish(model, longer)
         new = inputs["input_ids"][0, batch.length :]
         assert model.tokenizer.decode(new, skip_special_tokens=True).strip() == answer
+
+
+def test_the_residual_stream_is_what_enters_each_block(model):
+    """Against plain torch hooks; where vision joins between layers, the output of one is not the input of the next."""
+    batch = model.batch([model.encode(EPISODES[0]), model.encode(LIKE)])
+    seen = {}
+    handles = [
+        model.module.get_submodule(site.block).register_forward_pre_hook(
+            lambda _m, a, kw, place=(site.axis, site.layer): seen.__setitem__(
+                place, a[0] if a else kw["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+        for site in model.sites
+    ]
+    with torch.no_grad():
+        model.module(**batch.inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    reading = read(model, batch, ("residual",), lambda values: {"r": values.residual})
+    assert len(reading.layers) + len(reading.cross) == len(seen)
+    for layer, values in reading.layers.items():
+        assert torch.equal(values["r"], seen["text", layer])
+    for layer, values in reading.cross.items():
+        assert torch.equal(values["r"], seen["vision", layer])
 
 
 def test_mass_lies_where_a_row_can_look(model):

@@ -20,7 +20,7 @@ from torch import Tensor
 from probe.models.encoding import Batch
 from probe.models.sites import Axis
 
-Site = Literal["attention", "heads"]
+Site = Literal["residual", "attention", "heads"]
 
 
 @dataclass(frozen=True)

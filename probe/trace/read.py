@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from nnsight import NNsight
 from torch import Tensor
 
-from probe.errors import UsageError
+from probe.errors import UsageError, did_you_mean
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.models.sites import AttentionSite, Axis
@@ -40,6 +40,9 @@ class LayerValues:
         was asked for.
     batch
         The batch that is read.
+    residual
+        ``[batch, position, hidden]``, the residual stream that enters the block of this attention, if site ``residual``
+        was asked for.
     """
 
     layer: int
@@ -47,6 +50,7 @@ class LayerValues:
     attention: Attention | None
     heads: Tensor | None
     batch: Batch
+    residual: Tensor | None = None
 
 
 Reducer = Callable[[LayerValues], Mapping[str, Tensor]]
@@ -118,7 +122,7 @@ def read(
     batch
         What to run it on.
     sites
-        Which values the reducer wants: ``attention``, ``heads``.
+        Which values the reducer wants: ``residual``, ``attention``, ``heads``.
     reduce
         Called once for each attention of the layers in ``layers``, in the order in which they run, while the model
         runs.
@@ -141,8 +145,8 @@ def read(
         If a site or a layer does not exist, or ``sites`` and ``reduce`` do not go together.
     """
     for site in sites:
-        if site not in ("attention", "heads"):
-            raise UsageError(f"There is no site {site!r} to read; there are attention and heads.")
+        if site not in get_args(Site):
+            raise UsageError(f"There is no site {site!r} to read; {did_you_mean(site, get_args(Site))}")
     if bool(sites) != (reduce is not None):
         raise UsageError("Reading needs both sites and a reducer, or neither.")
     places = {(site.axis, site.layer): site for site in model.sites}
@@ -156,18 +160,21 @@ def read(
         with wrapped.trace(**inputs):
             collected = {}.save()
             for place in [place for place in places if place in chosen | edited.keys()]:
+                residual = None
+                if place in chosen and "residual" in sites:
+                    residual = wrapped.get(places[place].block).input
                 site = wrapped.get(places[place].attention)
                 attention = describe(places[place], *attention_call(site).inputs)
                 heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
                 if place in chosen:
-                    collected[place] = _reduce(reducer, sites, attention, heads, batch)
+                    collected[place] = _reduce(reducer, sites, attention, heads, residual, batch)
                 if place in edited:
                     for edit in edited[place]:
                         heads = edit.fn(heads, Context(batch, edit.layer, attention))
                     site.o_proj.input = heads.flatten(2)
                 # The model runs on while these names hold tensors, which would add to the peak of what comes next.
                 # (nnsight keeps a trace body's names in a dictionary of its own, in which `del` has no effect.)
-                attention = heads = None  # type: ignore[assignment]
+                attention = heads = residual = None  # type: ignore[assignment]
             logits = wrapped.output.logits.save()
     text, vision = ({at: kept for (a, at), kept in collected.items() if a == axis} for axis in ("text", "vision"))
     return Reading(logits=logits, layers=text, cross=vision)
@@ -207,7 +214,12 @@ def describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str,
 
 
 def _reduce(
-    reducer: Reducer, sites: Sequence[Site], attention: Attention, heads: Tensor, batch: Batch
+    reducer: Reducer,
+    sites: Sequence[Site],
+    attention: Attention,
+    heads: Tensor,
+    residual: Tensor | None,
+    batch: Batch,
 ) -> dict[str, Tensor]:
     """What the reducer makes of one layer, on the CPU and free of the tensors that it was made from."""
     values = LayerValues(
@@ -216,6 +228,7 @@ def _reduce(
         attention if "attention" in sites else None,
         heads if "heads" in sites else None,
         batch,
+        residual,
     )
     kept = {}
     for name, value in reducer(values).items():
