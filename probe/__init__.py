@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from probe.experiments.certification import certify
     from probe.experiments.copy_rate import copy_rate
     from probe.experiments.copy_sweep import copy_sweep
+    from probe.experiments.interventions import Intervention
+    from probe.experiments.knockout import knockout
     from probe.experiments.ranking import rank_heads
     from probe.experiments.reliance import modality_reliance
     from probe.experiments.task_split import task_split
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from probe.plots.copy_rate import plot_copy_rate
     from probe.plots.copy_sweep import plot_copy_sweep
     from probe.plots.demonstration_position import plot_mass_by_demonstration
+    from probe.plots.knockout import plot_knockout
     from probe.plots.overlay import plot_overlay
     from probe.plots.task_split import plot_task_split
     from probe.trace.ablate import zero_head
@@ -59,6 +62,8 @@ _HOMES = {
     "certify": "probe.experiments.certification",
     "copy_rate": "probe.experiments.copy_rate",
     "copy_sweep": "probe.experiments.copy_sweep",
+    "Intervention": "probe.experiments.interventions",
+    "knockout": "probe.experiments.knockout",
     "rank_heads": "probe.experiments.ranking",
     "modality_reliance": "probe.experiments.reliance",
     "task_split": "probe.experiments.task_split",
@@ -68,6 +73,7 @@ _HOMES = {
     "plot_attention_map": "probe.plots.attention_map",
     "plot_copy_rate": "probe.plots.copy_rate",
     "plot_copy_sweep": "probe.plots.copy_sweep",
+    "plot_knockout": "probe.plots.knockout",
     "plot_mass_by_demonstration": "probe.plots.demonstration_position",
     "plot_overlay": "probe.plots.overlay",
     "plot_task_split": "probe.plots.task_split",
@@ -80,6 +86,7 @@ __all__ = [
     "Edit",
     "Episode",
     "Example",
+    "Intervention",
     "Model",
     "ProbeError",
     "TokenMap",
@@ -90,12 +97,14 @@ __all__ = [
     "choose",
     "copy_rate",
     "copy_sweep",
+    "knockout",
     "load",
     "modality_reliance",
     "perturb",
     "plot_attention_map",
     "plot_copy_rate",
     "plot_copy_sweep",
+    "plot_knockout",
     "plot_mass_by_demonstration",
     "plot_overlay",
     "plot_task_split",

@@ -1,7 +1,8 @@
 """Intervals: how far a number may be off because only so many episodes were seen.
 
-A share of episodes (accuracy, copy rate) takes :func:`wilson`; the mean of any other number per episode, and a paired
-difference is one, takes :func:`mean_interval`. Both speak of *other episodes of the same kind*, with the model, the
+A share of episodes (accuracy, copy rate) takes :func:`wilson`, a change of it between two readings of the same episodes
+:func:`paired_difference`; the mean of any other number per episode, and a paired difference is one, takes
+:func:`mean_interval`. All speak of *other episodes of the same kind*, with the model, the
 seeds and everything else held as they are.
 """
 
@@ -14,7 +15,8 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, SupportsIndex
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 4000
 """Bootstrap resamples: the ends of a 95 % interval then rest on about 100 of them each."""
@@ -139,6 +141,59 @@ def difference(one: Interval, other: Interval) -> Interval:
     return Interval(estimate, estimate - below, estimate + above, min(one.n, other.n), "Newcombe")
 
 
+def paired_difference(one: ArrayLike, other: ArrayLike, level: float = 0.95) -> Interval:
+    """Newcombe's interval for the difference of two shares of the same episodes.
+
+    Unlike a bootstrap it has a width where no episode changed: few episodes cannot show that none would.
+
+    Parameters
+    ----------
+    one, other
+        For each episode 0 or 1; equally many.
+    level
+        Of the interval.
+
+    Returns
+    -------
+    Interval
+        Of ``one - other``.
+
+    Raises
+    ------
+    ValueError
+        If the two are not equally many numbers, 0 or 1, or there are none.
+
+    References
+    ----------
+    Newcombe (1998), Statistics in Medicine 17: 2635-2650, method 10: the intervals of the two shares as in
+    :func:`difference`, and their correlation from the table of pairs, with a continuity correction.
+
+    Examples
+    --------
+    >>> print(paired_difference([1] * 32 + [0] * 18, [1] * 20 + [0] * 12 + [1] * 2 + [0] * 16))
+    0.200 [0.056, 0.329]
+    """
+    import numpy as np
+
+    a, b = (np.asarray(values, dtype=np.float64).ravel() for values in (one, other))
+    if a.shape != b.shape or not len(a) or not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError("A paired difference of shares needs 0 or 1 for each episode, twice.")
+    n = len(a)
+    first, second = wilson(int(a.sum()), n, level), wilson(int(b.sum()), n, level)
+    both, neither = float((a * b).sum()), float(((1 - a) * (1 - b)).sum())
+    product = both * neither - (a.sum() - both) * (b.sum() - both)
+    margins = a.sum() * (n - a.sum()) * b.sum() * (n - b.sum())
+    correlation = (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins) if margins else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
+
+    estimate = first.estimate - second.estimate
+    below = reach(first.estimate - first.low, second.high - second.estimate)
+    above = reach(first.high - first.estimate, second.estimate - second.low)
+    return Interval(estimate, estimate - below, estimate + above, n, "Newcombe, paired")
+
+
 def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Bias-corrected and accelerated (BCa) bootstrap interval for a mean over episodes.
 
@@ -251,6 +306,55 @@ def ratio_interval(
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"A level lies between 0 and 1, {level} does not.")
+
+
+def family_wise(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> NDArray[np.float64]:
+    """How surprising the means of several numbers per episode are, corrected for looking at all of them.
+
+    The signs of whole episodes are flipped at random, which changes nothing if the numbers are symmetric around 0. The
+    largest studentised mean of all tests after each flip is what chance alone brings about (Westfall and Young, 1993).
+
+    Parameters
+    ----------
+    values
+        ``[test, episode]``; the same episodes in all tests.
+    seed
+        Of the flips.
+    resamples
+        Number of flips.
+
+    Returns
+    -------
+    ndarray
+        ``[test]``, p: the share of flips (this one included) whose largest |t| reaches the test's. 1 where all numbers
+        are 0. With fewer than 6 episodes, none can be below 0.05.
+
+    Raises
+    ------
+    ValueError
+        If a number is not finite, or there are fewer than two episodes.
+    """
+    import numpy as np
+
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] < 2 or not np.isfinite(x).all():
+        raise ValueError("Tests need finite numbers for at least two episodes, [test, episode].")
+    n = x.shape[1]
+    squares = (x * x).mean(1)
+    scale = np.sqrt(squares)
+
+    def size(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        # |mean| / root mean square grows with |t|, and stays finite where all numbers are alike.
+        return np.asarray(np.abs(np.divide(means, scale, out=np.zeros_like(means), where=scale > 0)))
+
+    observed = size(x.mean(1))
+    rng = np.random.default_rng(seed)
+    reached = np.ones(len(x))
+    for start in range(0, resamples, 500):
+        signs = rng.integers(0, 2, size=(min(500, resamples - start), n)) * 2.0 - 1
+        largest = size(signs @ x.T / n).max(1, initial=0)
+        reached += (largest[:, None] >= observed - ROUNDING).sum(0)
+    return np.asarray(np.where(scale > 0, reached / (resamples + 1), 1.0))
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float]:

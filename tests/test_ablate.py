@@ -18,7 +18,7 @@ from probe.models.load import load
 from probe.models.model import Model
 from probe.models.token_map import ROLES, parse_selection
 from probe.segments import QUERY
-from probe.trace.ablate import _blocked, knockout, mean_heads, uniform, zero_head
+from probe.trace.ablate import N_KINDS, _blocked, hide_keys, kinds, mean_heads, uniform_attention, zero_head
 from probe.trace.generate import generate
 from probe.trace.read import read
 from tests.tiny_families import MODEL_TYPES, build
@@ -116,7 +116,7 @@ def test_a_knockout_equals_an_additive_mask_on_an_eager_model(kind, name, keys, 
         keys = lambda vision_map: np.flatnonzero(own_image(vision_map))  # noqa: E731
     batch = ours.batch(encoded(kind))
     layers = ours.choose_layers(None, axis)
-    edits = knockout(layers, name, rows, heads=[0, 3], axis=axis)
+    edits = hide_keys(layers, name, rows, heads=[0, 3], axis=axis)
     found = read(ours, batch, edits=edits, logits_to_keep=4).logits
     change, _ = hide(batch, layers, axis, keys, rows, heads=[0, 3])
     with patched(eager, change):
@@ -136,7 +136,7 @@ def test_generation_under_a_knockout_equals_that_of_a_masked_eager_model(kind):
     ours, eager = models(kind)
     batch = ours.batch(encoded(kind), with_answer=False)
     layers = ours.choose_layers(None)
-    found = generate(ours, batch, max_new_tokens=6, edits=knockout(layers, "demos/text+query/question", heads=[1, 2]))
+    found = generate(ours, batch, max_new_tokens=6, edits=hide_keys(layers, "demos/text+query/question", heads=[1, 2]))
 
     def text(token_map):
         role = np.isin(token_map.role, [ROLES.index("question"), ROLES.index("answer")])
@@ -202,16 +202,20 @@ def test_what_hides_nothing_changes_no_bit(kind):
     batch = ours.batch(encoded(kind))
     layers = ours.choose_layers(None)
     plain = read(ours, batch, logits_to_keep=4).logits
-    for edits in (knockout(layers, "demo7"), knockout(layers, "demos", "demo7"), knockout(layers, "demos", heads=[])):
+    for edits in (
+        hide_keys(layers, "demo7"),
+        hide_keys(layers, "demos", "demo7"),
+        hide_keys(layers, "demos", heads=[]),
+    ):
         assert torch.equal(read(ours, batch, edits=edits, logits_to_keep=4).logits, plain)
-    later = knockout(layers, "query/answer", "demos")  # demonstrations cannot see it anyway
+    later = hide_keys(layers, "query/answer", "demos")  # demonstrations cannot see it anyway
     assert torch.equal(read(ours, batch, edits=later, logits_to_keep=4).logits, plain)
 
 
 def test_episodes_of_a_batch_are_edited_as_if_alone():
     ours, _ = models("qwen2_5_vl")
     encodings = [ours.encode(episode) for episode in UNLIKE]
-    for edits in (knockout(range(3), "demos/image+query/text", "query"), uniform(range(1, 3), "query", [1])):
+    for edits in (hide_keys(range(3), "demos/image+query/text", "query"), uniform_attention(range(1, 3), "query", [1])):
         together = read(ours, ours.batch(encodings), edits=edits).logits[:, -1]
         for row, encoding in zip(together, encodings, strict=True):
             alone = read(ours, ours.batch([encoding]), edits=edits).logits[0, -1]
@@ -221,7 +225,7 @@ def test_episodes_of_a_batch_are_edited_as_if_alone():
 def test_where_nothing_is_left_the_heads_write_nothing():
     ours, _ = models("qwen2_5_vl")
     batch = ours.batch([ours.encode(episode) for episode in UNLIKE])
-    edits = knockout([1], "all", "query")
+    edits = hide_keys([1], "all", "query")
     below = edits[0]
     written = {}
 
@@ -244,7 +248,7 @@ def test_uniform_attention_writes_the_mean_of_visible_values():
 
     def look(value, context):
         seen["before"], seen["v"] = value, context.attention.v
-        seen["after"] = uniform([1], heads=[2])[0].fn(value, context)
+        seen["after"] = uniform_attention([1], heads=[2])[0].fn(value, context)
         return seen["after"]
 
     read(ours, batch, edits=[probe.Edit("heads", 1, look)])
@@ -258,30 +262,40 @@ def test_uniform_attention_writes_the_mean_of_visible_values():
     assert torch.equal(seen["after"], seen["before"])  # nowhere else
 
 
-def test_means_stand_in_for_heads_at_the_rows_that_answer():
+def test_means_stand_in_for_heads_by_kind_of_position():
     ours, _ = models("qwen2_5_vl")
     batch = ours.batch([ours.encode(episode) for episode in UNLIKE])
-    mean = torch.linspace(-1, 1, ours.head_dim)
-    nothing = torch.zeros(ours.head_dim)
+    means = torch.arange(N_KINDS)[:, None] + torch.linspace(0, 0.5, ours.head_dim)
     found = {}
 
     def look(value, context):
-        found["z"] = mean_heads({(1, 2): mean, (2, 0): mean})[0].fn(value, context)
-        return found["z"]
+        found["z"] = mean_heads({(1, 2): means, (2, 0): means})[0].fn(value, context)
+        found["at answers"] = mean_heads({(1, 2): means}, rows="answer")[0].fn(value, context)
+        found["own"] = value
+        return value
 
     read(ours, batch, edits=[probe.Edit("heads", 1, look)])
     for b, (encoding, pad) in enumerate(zip(batch.encodings, batch.pads, strict=True)):
-        assert torch.equal(found["z"][b, pad + encoding.n_prompt - 1, 2], mean)
-        assert not torch.equal(found["z"][b, pad + encoding.n_prompt - 2, 2], mean)
-    everywhere = read(ours, batch, edits=mean_heads({(1, 2): nothing}, rows="all")).logits
+        kind = torch.from_numpy(kinds(encoding))
+        assert torch.equal(found["z"][b, pad:, 2], means[kind])
+        assert torch.equal(found["z"][b, pad:, [0, 1, 3]], found["own"][b, pad:, [0, 1, 3]])
+        answers = kind == 0
+        assert answers.nonzero()[:, 0].tolist() == [p - 1 for p in encoding.token_map.answer]
+        assert torch.equal(found["at answers"][b, pad:, 2][answers], means[:1].expand(int(answers.sum()), -1))
+        assert torch.equal(found["at answers"][b, pad:, 2][~answers], found["own"][b, pad:, 2][~answers])
+    nothing = {(1, 2): torch.zeros(N_KINDS, ours.head_dim)}
+    everywhere = read(ours, batch, edits=mean_heads(nothing)).logits
     assert torch.equal(everywhere, read(ours, batch, edits=[zero_head(1, 2)]).logits)
+    prompt = ours.batch([ours.encode(episode) for episode in UNLIKE], with_answer=False)
+    words = generate(ours, prompt, max_new_tokens=5, edits=mean_heads(nothing))
+    assert words == generate(ours, prompt, max_new_tokens=5, edits=[zero_head(1, 2)])
 
 
 def test_gradients_pass_a_knockout():
     ours, _ = models("qwen2_5_vl")
     batch = ours.batch([ours.encode(EPISODES[0])])
     gain = torch.nn.Parameter(torch.ones(()))
-    edits = [probe.Edit("heads", 0, lambda value, context: value * gain), *knockout([1, 2], "demos/image")]
+    edits = [probe.Edit("heads", 0, lambda value, context: value * gain), *hide_keys([1, 2], "demos/image")]
 
     def loss():
         return read(ours, batch, edits=edits, gradients=True).logits.logsumexp(-1).sum()
@@ -298,14 +312,18 @@ def test_gradients_pass_a_knockout():
 @pytest.mark.parametrize("name", ["demo", "demos/picture", "images", "query/", "demo1/image/0", ""])
 def test_names_that_mean_nothing_are_refused(name):
     with pytest.raises(UsageError, match="There are no tokens"):
-        knockout([0], name)
+        hide_keys([0], name)
     with pytest.raises(UsageError, match="There are no tokens"):
-        uniform([0], rows=name)
+        uniform_attention([0], rows=name)
 
 
 def test_heads_that_are_not_there_are_refused():
     ours, _ = models("qwen2_5_vl")
     batch = ours.batch([ours.encode(EPISODES[0])])
-    for edits in (knockout([1], "demos", heads=[4]), uniform([1], heads=[-1]), mean_heads({(1, 9): torch.zeros(8)})):
+    for edits in (
+        hide_keys([1], "demos", heads=[4]),
+        uniform_attention([1], heads=[-1]),
+        mean_heads({(1, 9): torch.zeros(N_KINDS, 8)}),
+    ):
         with pytest.raises(UsageError, match="Layer 1 has heads 0 to 3"):
             read(ours, batch, edits=edits)

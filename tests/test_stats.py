@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from probe.stats import Interval, difference, mean_interval, wilson
+from probe.stats import (
+    Interval,
+    difference,
+    family_wise,
+    mean_interval,
+    paired_difference,
+    wilson,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -167,3 +174,44 @@ def test_interval_prints_as_many_digits_as_matter() -> None:
     assert str(Interval(0.00041, 0.00032, 0.00055, 30, "")) == "0.00041 [0.00032, 0.00055]"
     assert str(Interval(1.0, 1.0, 1.0, 30, "")) == "1.000 [1.000, 1.000]"
     assert str(mean_interval([2.0])) == "2.000 [nan, nan]"
+
+
+def test_paired_differences_cover_what_is_true():
+    """Pairs that agree more than by chance; also near the end, where a bootstrap has no width."""
+    rng = np.random.default_rng(5)
+    for p, change, n in ((0.7, 0.15, 60), (0.97, 0.02, 80), (0.5, 0.0, 40)):
+        truth, covered = -change * p, 0
+        for _ in range(600):
+            before = rng.random(n) < p
+            after = before & (rng.random(n) >= change)
+            interval = paired_difference(after.astype(int), before.astype(int))
+            covered += interval.low <= truth <= interval.high
+        assert covered / 600 > 0.92, (p, change, n)
+    unchanged = paired_difference([1] * 20, [1] * 20)
+    assert unchanged.estimate == 0 and unchanged.high - unchanged.low > 0.1
+    with pytest.raises(ValueError, match="0 or 1"):
+        paired_difference([0.5, 1], [0, 1])
+
+
+def test_uncorrelated_pairs_are_as_two_samples():
+    one, other = [1, 1, 0, 0] * 5, [1, 0, 1, 0] * 5
+    pair, apart = paired_difference(one, other), difference(wilson(10, 20), wilson(10, 20))
+    assert pair.ends == pytest.approx(apart.ends)
+
+
+def test_family_wise_errors_are_as_rare_as_promised():
+    """Eight correlated tests without any effect: one of them is called significant in 5 % of the experiments."""
+    rng = np.random.default_rng(6)
+    found = [
+        family_wise(rng.normal(size=(8, 24)) + rng.normal(size=24), seed=i, resamples=300).min() < 0.05
+        for i in range(400)
+    ]
+    assert 0.02 < np.mean(found) < 0.085
+    values = rng.normal(size=(8, 24))
+    values[3] += 2
+    p = family_wise(values)
+    assert p[3] < 0.01 and (np.delete(p, 3) > 0.05).all()
+    assert family_wise(np.zeros((2, 9))).tolist() == [1, 1]
+    assert family_wise(np.full((1, 12), -0.5))[0] < 0.01  # all alike, and none of them 0
+    with pytest.raises(ValueError, match="finite"):
+        family_wise([[1.0, np.nan]])

@@ -23,6 +23,10 @@ COMMANDS = {
         "probe.cli.task_split:task_split",
         "Tell what demonstrations teach from what they only remind of.",
     ),
+    "knockout": (
+        "probe.cli.knockout:knockout",
+        "Take attention or heads away, and see whether it matters.",
+    ),
     "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }
 """For each command, where it is (imported when it is called) and the line that `probe --help` shows."""

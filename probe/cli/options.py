@@ -200,4 +200,19 @@ def parse_layers(text: str | None) -> list[int] | None:
     return layers
 
 
+def parse_heads(text: str | None) -> list[tuple[int, int]] | None:
+    """Read a choice of heads: ``3.2,4.0``, layer and head.
+
+    >>> parse_heads("3.2, 4.0")
+    [(3, 2), (4, 0)]
+    """
+    if text is None:
+        return None
+    try:
+        pairs = [tuple(int(number) for number in part.split(".")) for part in text.split(",")]
+        return list(dict.fromkeys((layer, head) for layer, head in pairs))
+    except ValueError:
+        raise UsageError(f"--heads {text!r} is not a choice of heads; write layer.head, such as 3.2,4.0.") from None
+
+
 Json = Annotated[bool, Parameter(negative=())]

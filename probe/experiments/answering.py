@@ -89,7 +89,7 @@ def answering(
     limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
     done: list[xr.Dataset] = []
     n = 0
-    for unit in _units(model, episodes, batch_size):
+    for unit in units(model, episodes, batch_size):
 
         def compute(unit: Sequence[Episode] = unit) -> xr.Dataset:
             try:
@@ -108,7 +108,7 @@ def answering(
     return result
 
 
-def _units(model: Model, episodes: Sequence[Episode], batch_size: int) -> Iterator[Sequence[Episode]]:
+def units(model: Model, episodes: Sequence[Episode], batch_size: int) -> Iterator[Sequence[Episode]]:
     """Episodes that are read together, in their order; where the family asks for it, with equally many images."""
     unit: list[Episode] = []
     for episode in episodes:

@@ -144,7 +144,7 @@ def _facts(result: xr.Dataset) -> str:
     facts.append(("episodes", f"{n}", _n_note(result)))
     if shots:
         facts.append(("demonstrations each", f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}", ""))
-    if "correct" in result:
+    if "correct" in result and result["correct"].dims == ("episode",):
         known = result["correct"].values.astype(float)
         known = known[~np.isnan(known)]
         share = wilson(int(known.sum()), len(known))

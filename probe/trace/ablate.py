@@ -1,11 +1,11 @@
 """Edits that take something away: attention to some keys, what tells keys apart, or heads.
 
-==================  ====================================================================================================
-:func:`knockout`    attention from chosen rows to chosen keys becomes exactly zero, the rest is renormalised
-:func:`uniform`     chosen rows attend alike to every key that they can see
-:func:`mean_heads`  heads write their mean over other episodes, whatever they read
-:func:`zero_head`   a head writes nothing
-==================  ====================================================================================================
+=========================  =============================================================================================
+:func:`hide_keys`          attention from chosen rows to chosen keys is exactly zero, the rest is renormalised
+:func:`uniform_attention`  chosen rows attend alike to every key that they can see
+:func:`mean_heads`         heads write their mean over many episodes, whatever they read
+:func:`zero_head`          a head writes nothing
+=========================  =============================================================================================
 
 Rows and keys are named as in :func:`~probe.models.token_map.parse_selection`; ``answer`` as rows are the positions that
 predict the query's answer: the last of the prompt, and those of the answer but its last. While the model generates,
@@ -30,7 +30,7 @@ from probe.errors import UsageError
 from probe.measures.mass import row_visibility
 from probe.models.encoding import Encoding
 from probe.models.sites import Axis
-from probe.models.token_map import Selection, parse_selection
+from probe.models.token_map import ROLES, Selection, parse_selection
 from probe.segments import QUERY
 from probe.trace.edit import Attention, Context, Edit
 
@@ -40,7 +40,7 @@ Keys = str | Callable[[Encoding], NDArray[np.bool_]]
 ANSWER = "answer"
 
 
-def knockout(
+def hide_keys(
     layers: Sequence[int],
     keys: Keys,
     rows: str = ANSWER,
@@ -87,7 +87,7 @@ def knockout(
     return [Edit("heads", layer, fn, axis) for layer in layers]
 
 
-def uniform(
+def uniform_attention(
     layers: Sequence[int], rows: str = ANSWER, heads: Sequence[int] | None = None, axis: Axis = "text"
 ) -> list[Edit]:
     """Let rows attend alike to every key that they can see: their heads write the mean of the values.
@@ -95,7 +95,7 @@ def uniform(
     Parameters
     ----------
     layers, rows, heads, axis
-        As in :func:`knockout`.
+        As in :func:`hide_keys`.
 
     Returns
     -------
@@ -114,17 +114,16 @@ def uniform(
     return [Edit("heads", layer, fn, axis) for layer in layers]
 
 
-def mean_heads(means: Mapping[tuple[int, int], Tensor], rows: str = ANSWER, axis: Axis = "text") -> list[Edit]:
-    """Replace what heads write at some rows by a fixed vector each, such as their mean over other episodes.
+def mean_heads(means: Mapping[tuple[int, int], Tensor], rows: str = "all") -> list[Edit]:
+    """Let heads write fixed vectors, such as their means over many episodes.
 
     Parameters
     ----------
     means
-        By layer and head, ``[head_dim]``, before the output projection.
+        By layer and head, ``[kind, head_dim]``: before the output projection, one for each of the :func:`kinds` of
+        positions.
     rows
         Where.
-    axis
-        Which attention of the layer.
 
     Returns
     -------
@@ -139,14 +138,26 @@ def mean_heads(means: Mapping[tuple[int, int], Tensor], rows: str = ANSWER, axis
         def fn(value: Tensor, context: Context) -> Tensor:
             _check_heads(list(own), value, layer)
             changed, positions, _ = _rows(asked, context)
+            kind = _kinds(context).to(value.device).gather(1, positions)
             new = value.new_zeros(len(value), value.shape[2], positions.shape[1], value.shape[3])
             for head, mean in own.items():
-                new[:, head] = mean.to(value)
+                new[:, head] = mean.to(value)[kind]
             return _put(value, new, positions, changed, list(own), context)
 
-        return Edit("heads", layer, fn, axis)
+        return Edit("heads", layer, fn)
 
     return [edit(layer) for layer in sorted({layer for layer, _ in means})]
+
+
+N_KINDS = 1 + 2 * len(ROLES)
+
+
+def kinds(encoding: Encoding) -> NDArray[np.int64]:
+    """For a mean, which positions are alike, ``[n]``: by role, the query's apart, and the rows that answer (0)."""
+    token_map = encoding.token_map
+    found = 1 + 2 * token_map.role.astype(np.int64) + (token_map.demonstration == QUERY)
+    found[token_map.answer - 1] = 0
+    return found
 
 
 def zero_head(layer: int, head: int, axis: Axis = "text") -> Edit:
@@ -213,6 +224,16 @@ def _rows(asked: Selection | None, context: Context) -> tuple[Tensor, Tensor, Te
         positions[b, : len(places)], changed[b, : len(places)] = places, True
     positions, changed = positions.to(at.q.device), changed.to(at.q.device)
     return changed, positions, row_visibility(at.mask, at.causal, positions, n, at.k.shape[2])
+
+
+def _kinds(context: Context) -> Tensor:
+    """``[batch, row]``, the kind of every row of an attention call; what is generated is a row that answers."""
+    batch, n = context.batch, context.attention.q.shape[2]
+    found = torch.zeros(len(batch), n, dtype=torch.int64)
+    if not context.step:
+        for row, encoding, pad in zip(found, batch.encodings, batch.pads, strict=True):
+            row[pad:] = torch.from_numpy(kinds(encoding))[: n - pad]
+    return found
 
 
 def _attend(at: Attention, positions: Tensor, visible: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import UsageError
-from probe.models.encoding import Encoding
+from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
+from probe.trace.edit import Edit
 from probe.trace.read import read
 
 
@@ -113,6 +114,23 @@ def likelihoods(
         )
         for answers, total, group in zip(candidates, totals, encoded, strict=True)
     ]
+
+
+def answer_log_probability(model: Model, batch: Batch, edits: Sequence[Edit] = ()) -> NDArray[np.float64]:
+    """Log-probability of the answer that each encoding of a batch ends with, ``[batch]``, in nats.
+
+    Parameters
+    ----------
+    model
+        The model.
+    batch
+        With answers.
+    edits
+        Changes to the forward.
+    """
+    keep = 1 + max(len(encoding) - encoding.n_prompt for encoding in batch.encodings)
+    logits = read(model, batch, edits=edits, logits_to_keep=keep).logits
+    return np.array([_total(row, encoding, encoding) for row, encoding in zip(logits, batch.encodings, strict=True)])
 
 
 def _serves(reader: Encoding, encoding: Encoding) -> bool:

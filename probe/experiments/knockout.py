@@ -1,0 +1,264 @@
+"""Does it matter? The same episodes answered as they are, with something taken away, and with as much at random.
+
+Every episode is read under every condition, so all comparisons are paired. What is measured: the log-probability of the
+gold answer, whether the greedy answer is right, and whether it is a demonstration's. An effect is what an intervention
+changes; it counts beyond chance where it differs from that of its control. Both are lower bounds of what the model
+makes of the tokens or heads: others may stand in for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+
+from probe.data.example import Episode
+from probe.data.images import open_images
+from probe.data.manifest import content_key
+from probe.errors import UsageError
+from probe.experiments.answering import answer_limit, check_words, facts, out_of_memory, units
+from probe.experiments.interventions import (
+    Intervention,
+    check_places,
+    edits_of,
+    mean_outputs,
+    n_hidden,
+    random_heads,
+    random_keys,
+)
+from probe.models.encoding import Encoding
+from probe.models.model import Model
+from probe.scoring import cut_answer, exact_match
+from probe.store import Keep, key
+from probe.trace.edit import Edit
+from probe.trace.generate import generate
+from probe.trace.likelihood import answer_log_probability
+
+NOTHING = "nothing"
+"""The condition in which nothing is taken away."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to read the episodes: which intervention (-1: none), as itself or as which control, and its edits."""
+
+    number: int
+    control: str
+    draw: int
+    edits: list[Edit]
+
+
+def knockout(
+    model: Model,
+    episodes: Sequence[Episode],
+    interventions: Sequence[Intervention],
+    *,
+    controls: int = 3,
+    answers: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    keep: Keep | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> xr.Dataset:
+    """Take things away from a model while it answers.
+
+    Parameters
+    ----------
+    model
+        From :func:`probe.load`.
+    episodes
+        Demonstrations and queries.
+    interventions
+        One or more.
+    controls
+        How many random controls of each kind (:mod:`probe.experiments.interventions`); 0 for none.
+    answers
+        Whether to let the model answer too; without, only the log-probability of the gold answer is measured.
+    seed
+        Of the controls.
+    batch_size
+        Episodes in one forward.
+    max_new_tokens
+        Length at which an answer is cut; default :func:`~probe.experiments.answering.answer_limit`.
+    keep
+        Keeps finished batches, such as the ``part`` of a run directory.
+    progress
+        Called with the number of readings done, of :func:`n_conditions` x episodes.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over (condition, episode): ``log_probability`` (nats, of the gold answer's tokens together), ``correct``,
+        ``copied`` (the answer is a demonstration's) and ``prediction``; over (intervention, episode): ``n_hidden``, the
+        keys that are hidden. Coordinates on ``condition``: ``of`` (index of the intervention, -1: nothing was taken
+        away), ``control`` (empty, ``keys`` or ``heads``), ``draw``; on ``intervention``: its label, ``method``.
+
+    Raises
+    ------
+    UsageError
+        If there is nothing to do, two interventions are the same, a layer, head or token does not exist, or numbers do
+        not fit.
+    """
+    _check(episodes, interventions, controls, batch_size, max_new_tokens)
+    for intervention in interventions:
+        check_places(model, intervention)
+    check_words(model, episodes)
+    limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
+    if any(intervention.keys for intervention in interventions):
+        _check_keys(model, episodes, interventions)
+    groups = list(units(model, episodes, batch_size))
+    means = None
+    if any(intervention.method == "mean" for intervention in interventions):
+        means = mean_outputs(model, (model.batch(_encode(model, unit)) for unit in groups))
+    conditions = _conditions(model, interventions, controls, seed, means)
+    plan = key({"plan": [controls, seed, limit if answers else 0], "interventions": [repr(i) for i in interventions]})
+    done: list[xr.Dataset] = []
+    n = 0
+    for unit in groups:
+
+        def compute(unit: Sequence[Episode] = unit, before: int = n) -> xr.Dataset:
+            def onward(finished: int) -> None:
+                if progress:
+                    progress((before * len(conditions)) + finished * len(unit))
+
+            try:
+                return _measure(model, unit, interventions, conditions, limit if answers else 0, onward)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(model, len(unit)) from error
+
+        part = f"{n:06d}-{plan}-{content_key(unit)}"
+        done.append(keep(part, compute) if keep else compute())
+        n += len(unit)
+        if progress:
+            progress(n * len(conditions))
+    result = xr.concat(done, "episode", data_vars="minimal", coords="minimal", compat="equals", join="exact")
+    result["log_probability"].attrs["units"] = "nats"
+    result.attrs = {
+        **facts(model),
+        "experiment": "knockout",
+        "controls": controls,
+        "controls_seed": seed,
+        "max_new_tokens": limit if answers else 0,
+        "n_attempted": len(episodes),
+        "n_done": result.sizes["episode"],
+    }
+    return result
+
+
+def n_conditions(interventions: Sequence[Intervention], controls: int) -> int:
+    """How often :func:`knockout` reads each episode, at most."""
+    return 1 + sum(1 + controls * len(intervention.controls) for intervention in interventions)
+
+
+def _check(
+    episodes: Sequence[Episode],
+    interventions: Sequence[Intervention],
+    controls: int,
+    batch_size: int,
+    max_new_tokens: int | None,
+) -> None:
+    if not episodes or not interventions:
+        raise UsageError("Knocking out needs at least one episode and one thing to take away.")
+    if len({episode.id for episode in episodes}) != len(episodes):
+        raise UsageError("Two episodes have the same id; results could not be told apart.")
+    labels = [intervention.label for intervention in interventions]
+    if repeated := {label for label in labels if labels.count(label) > 1}:
+        raise UsageError(f"Given twice: {', '.join(sorted(repeated))}.")
+    if controls < 0 or batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise UsageError(
+            f"There are 0 controls or more, and a batch and an answer hold at least one; asked for {controls}, "
+            f"{batch_size} and {max_new_tokens}."
+        )
+
+
+def _check_keys(model: Model, episodes: Sequence[Episode], interventions: Sequence[Intervention]) -> None:
+    """Refuse keys that no episode has, before anything is read. The first of each number of shots tells."""
+    kinds = {(episode.shots, len(episode.query.images)): episode for episode in reversed(episodes)}
+    encodings = _encode(model, list(kinds.values()))
+    for intervention in interventions:
+        if intervention.keys and not any(n_hidden(intervention, encoding) for encoding in encodings):
+            raise UsageError(
+                f"No episode has tokens {intervention.keys!r} before its answer, so that hiding them would change "
+                f"nothing (shots: {', '.join(map(str, sorted({shots for shots, _ in kinds})))})."
+            )
+
+
+def _encode(model: Model, episodes: Sequence[Episode]) -> list[Encoding]:
+    return [model.encode(episode, open_images(episode)) for episode in episodes]
+
+
+def _conditions(
+    model: Model,
+    interventions: Sequence[Intervention],
+    controls: int,
+    seed: int,
+    means: torch.Tensor | None,
+) -> list[Condition]:
+    """The episodes as they are, then each intervention with its controls."""
+    found = [Condition(-1, "", 0, [])]
+    for number, intervention in enumerate(interventions):
+        found.append(Condition(number, "", 0, edits_of(model, intervention, means)))
+        for draw in range(controls):
+            if "keys" in intervention.controls:
+                keys = random_keys(intervention, draw, seed)
+                found.append(Condition(number, "keys", draw, edits_of(model, intervention, means, keys=keys)))
+            if "heads" in intervention.controls:
+                other = random_heads(model, intervention, draw, seed)
+                if other is not None:
+                    found.append(Condition(number, "heads", draw, edits_of(model, other, means)))
+    return found
+
+
+def _measure(
+    model: Model,
+    episodes: Sequence[Episode],
+    interventions: Sequence[Intervention],
+    conditions: Sequence[Condition],
+    max_new_tokens: int,
+    onward: Callable[[int], None],
+) -> xr.Dataset:
+    """All conditions of one batch; its images are processed once."""
+    encodings = _encode(model, episodes)
+    batch = model.batch(encodings)
+    prompts = model.batch(encodings, with_answer=False) if max_new_tokens else None
+    log_probability, predictions = [], []
+    for number, condition in enumerate(conditions):
+        log_probability.append(answer_log_probability(model, batch, condition.edits))
+        if prompts is not None:
+            said = generate(model, prompts, max_new_tokens=max_new_tokens, edits=condition.edits)
+            predictions.append([cut_answer(text) for text in said])
+        onward(number + 1)
+    hidden = [[n_hidden(intervention, encoding) for encoding in encodings] for intervention in interventions]
+    dims = ("condition", "episode")
+    values: dict[str, tuple[tuple[str, ...], object]] = {
+        "log_probability": (dims, np.stack(log_probability)),
+        "n_hidden": (("intervention", "episode"), np.array(hidden)),
+    }
+    if prompts is not None:
+        shown = [[example.answer for example in episode.demonstrations] for episode in episodes]
+
+        def judge(accepted: Sequence[Sequence[str]]) -> np.ndarray:
+            rows = [[exact_match(y, a) for y, a in zip(row, accepted, strict=True)] for row in predictions]
+            return np.array(rows, dtype=np.float64)
+
+        values |= {
+            "correct": (dims, judge([episode.query.answers for episode in episodes])),
+            "copied": (dims, judge(shown)),
+            "prediction": (dims, np.array(predictions, dtype=str)),
+        }
+    return xr.Dataset(
+        values,
+        coords={
+            "episode": [episode.id for episode in episodes],
+            "shots": ("episode", [episode.shots for episode in episodes]),
+            "of": ("condition", [condition.number for condition in conditions]),
+            "control": ("condition", [condition.control for condition in conditions]),
+            "draw": ("condition", [condition.draw for condition in conditions]),
+            "intervention": [intervention.label for intervention in interventions],
+            "method": ("intervention", [intervention.method for intervention in interventions]),
+        },
+    )

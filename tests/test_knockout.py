@@ -1,0 +1,312 @@
+"""Knocking out: what a condition is, what its control is, and what an effect is."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import probe
+from probe.cli import run
+from probe.cli.knockout import Removal
+from probe.errors import UsageError
+from probe.experiments.interventions import Intervention, mean_outputs, n_hidden, random_heads, random_keys
+from probe.experiments.knockout import knockout, n_conditions
+from probe.measures.effects import effects
+from probe.models.token_map import ROLES, parse_selection
+from probe.plots.knockout import plot_knockout
+from probe.trace.ablate import N_KINDS, hide_keys, kinds, mean_heads
+from probe.trace.generate import generate
+from probe.trace.likelihood import likelihoods
+from probe.trace.read import read
+
+SOME = (
+    Intervention(keys="demos/text"),
+    Intervention("mean", heads=((3, 2), (2, 2))),
+    Intervention(keys="sink", heads=((1, 1),)),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return probe.load("toy")
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    few = probe.synthetic_episodes("binding-uncued", shots=2, n=3, seed=4)
+    return [*probe.synthetic_episodes("binding-uncued", shots=5, n=4, seed=3), *few]
+
+
+@pytest.fixture(scope="module")
+def result(model, episodes):
+    return knockout(model, episodes, SOME, controls=2, seed=1, batch_size=4)
+
+
+def test_conditions_are_what_each_edit_alone_gives(model, episodes, result):
+    """The baseline against the log-probabilities of another function, a knockout against its own forward."""
+    assert result.sizes == {"condition": 12, "episode": 7, "intervention": 3}
+    assert result.sizes["condition"] == n_conditions(SOME, 2)
+    plain = [float(x.total[0]) for x in likelihoods(model, episodes, [[e.query.answer] for e in episodes])]
+    assert np.allclose(result["log_probability"].values[0], plain, atol=1e-4)
+    said = probe.answering(model, episodes)
+    assert result["prediction"].values[0].tolist() == said["prediction"].values.tolist()
+    assert result["correct"].values[0].tolist() == said["correct"].values.tolist()
+    at = int(np.flatnonzero((result["of"] == 0) & (result["control"] == ""))[0])
+    for place, episode in enumerate(episodes):
+        batch = model.batch([model.encode(episode)])
+        edits = hide_keys(range(6), "demos/text")
+        logits = read(model, batch, edits=edits, logits_to_keep=2).logits[0, 0].double().log_softmax(-1)
+        answer = batch.encodings[0].ids[batch.encodings[0].n_prompt]
+        assert result["log_probability"].values[at, place] == pytest.approx(float(logits[answer]), abs=1e-4)
+        prompt = model.batch([model.encode(episode)], with_answer=False)
+        assert generate(model, prompt, max_new_tokens=9, edits=edits) == [str(result["prediction"].values[at, place])]
+        shown = {x.answer for x in episode.demonstrations}
+        assert result["copied"].values[at, place] == (str(result["prediction"].values[at, place]) in shown)
+
+
+def test_hidden_keys_are_counted_in_the_prompt(model, episodes, result):
+    for place, episode in enumerate(episodes):
+        token_map = model.encode(episode).token_map
+        words = len(token_map.where("question")) + len(token_map.where("answer"))
+        own = len(token_map.where("question", -1)) + len(token_map.answer)
+        assert result["n_hidden"].values[:, place].tolist() == [words - own, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["demos/text", "demo1/answer", "query/image", "demos", "sink", "query/image+demo0"])
+def test_random_keys_are_as_many_of_the_same_turns(model, episodes, name):
+    intervention = Intervention(keys=name)
+    for episode in episodes:
+        encoding = model.encode(episode)
+        token_map = encoding.token_map
+        drawn = [random_keys(intervention, draw, 0)("text")(encoding) for draw in range(8)]
+        meant = parse_selection(name).of(token_map)
+        for found in drawn:
+            assert found.sum() == n_hidden(intervention, encoding) == meant[: encoding.n_prompt].sum()
+            assert not found[token_map.role == ROLES.index("sink")].any()
+            assert not found[encoding.n_prompt - 1 :].any()
+            owners = set(np.sign(token_map.demonstration[found].clip(-2, 0)).tolist())
+            if name in ("demos/text", "demo1/answer"):
+                assert (token_map.demonstration[found] >= 0).all()
+            if name == "query/image":
+                assert (token_map.demonstration[found] == -1).all()
+            assert owners
+        if name != "demos":
+            assert len({found.tobytes() for found in drawn}) > 1
+        assert (random_keys(intervention, 3, 0)("text")(encoding) == drawn[3]).all()
+
+
+def test_random_heads_are_others_of_the_same_layers(model):
+    meant = Intervention("zero", heads=((1, 0), (1, 2), (4, 3)))
+    seen = set()
+    for draw in range(20):
+        drawn = random_heads(model, meant, draw, 0)
+        assert drawn is not None and drawn.heads is not None
+        assert sorted(layer for layer, _ in drawn.heads) == [1, 1, 4]
+        assert not set(drawn.heads) & set(meant.heads or ())
+        seen.add(drawn.heads)
+    assert len(seen) > 1
+    all_of_one = Intervention("zero", heads=tuple((2, head) for head in range(4)))
+    assert random_heads(model, all_of_one, 0, 0) is None
+    most = random_heads(model, Intervention("zero", heads=((2, 0), (2, 1), (2, 2))), 0, 0)
+    assert most is not None and (2, 3) in (most.heads or ()) and len(set(most.heads or ())) == 3
+
+
+def test_means_are_those_of_a_loop(model, episodes):
+    encodings = [model.encode(episode) for episode in episodes]
+    batches = [model.batch(encodings[:4]), model.batch(encodings[4:])]
+    found = mean_outputs(model, batches)
+    rows: dict[int, list[torch.Tensor]] = {kind: [] for kind in range(N_KINDS)}
+    for encoding in encodings:
+        z = read(model, model.batch([encoding]), ("heads",), lambda v: {"z": v.heads}).layers[2]["z"][0]
+        for position, kind in enumerate(kinds(encoding)):
+            rows[int(kind)].append(z[position])
+    for kind, own in rows.items():
+        wanted = torch.stack(own).mean(0) if own else torch.zeros(4, 32)
+        assert (found[2, :, kind] - wanted).abs().max() < 1e-4
+    means = {(2, 1): found[2, 1]}
+    ablated = knockout(model, episodes, [Intervention("mean", heads=((2, 1),))], controls=0, answers=False)
+    logits = [
+        read(model, model.batch([e]), edits=mean_heads(means), logits_to_keep=2).logits[0, 0].double().log_softmax(-1)
+        for e in encodings
+    ]
+    wanted_p = [float(row[e.ids[e.n_prompt]]) for row, e in zip(logits, encodings, strict=True)]
+    assert np.allclose(ablated["log_probability"].values[1], wanted_p, atol=1e-4)
+
+
+def test_what_binds_is_read_from_the_words_and_not_from_the_pictures(model):
+    """The bundled model reads labels from demonstrations' words; the row that answers does not look at their images."""
+    episodes = probe.synthetic_episodes("binding-uncued", shots=8, n=48, seed=21)
+    found = effects(knockout(model, episodes, [Intervention(keys="demos/image"), Intervention(keys="demos/text")]))
+    correct = found["effect"].sel(measure="correct")
+    assert abs(float(correct.sel(intervention="demos/image → answer", end="estimate"))) < 0.03
+    text = correct.sel(intervention="demos/text → answer")
+    assert float(text.sel(end="high")) < -0.1
+    beyond = found["beyond"].sel(measure="log_probability", control="keys", intervention="demos/text → answer")
+    assert float(beyond.sel(end="high")) < 0
+    assert np.isnan(found["beyond"].sel(control="heads")).all()
+
+
+def test_parts_are_kept_by_content(model, episodes, result):
+    kept: dict[str, xr.Dataset] = {}
+    computed = []
+
+    def keep(name, compute):
+        if name not in kept:
+            computed.append(name)
+            kept[name] = compute()
+        return kept[name]
+
+    first = knockout(model, episodes, SOME, controls=2, seed=1, batch_size=4, keep=keep)
+    assert len(computed) == 2
+    again = knockout(model, episodes, SOME, controls=2, seed=1, batch_size=4, keep=keep)
+    assert len(computed) == 2
+    xr.testing.assert_identical(first, again)
+    xr.testing.assert_allclose(first.drop_vars("prediction"), result.drop_vars("prediction"))
+    knockout(model, episodes, SOME[:1], controls=2, seed=1, batch_size=4, keep=keep)
+    assert len(computed) == 4
+
+
+def test_readings_are_counted_up_to_the_end(model, episodes):
+    seen: list[int] = []
+    knockout(model, episodes, SOME[:1], controls=1, answers=False, batch_size=4, progress=seen.append)
+    assert seen[-1] == n_conditions(SOME[:1], 1) * len(episodes)
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"method": "knockout"}, "which keys it hides"),
+        ({"method": "mean", "keys": "demos", "heads": ((0, 0),)}, "which keys it hides"),
+        ({"method": "zero"}, "Which heads should be replaced"),
+        ({"method": "zer", "heads": ((0, 0),)}, "no method 'zer'"),
+        ({"keys": "demos/pictures"}, "There are no tokens"),
+        ({"keys": "demos", "rows": "answers"}, "There are no tokens"),
+        ({"keys": "demos", "layers": (1,), "heads": ((0, 0),)}, "one of the two"),
+        ({"method": "zero", "heads": ()}, "at least one"),
+    ],
+)
+def test_interventions_that_make_no_sense_are_refused(wrong, said):
+    with pytest.raises(UsageError, match=said):
+        Intervention(**wrong)
+
+
+def test_what_is_not_there_is_refused_before_anything_is_read(model, episodes, monkeypatch):
+    monkeypatch.setattr("probe.experiments.knockout._measure", lambda *_: pytest.fail("it was read"))
+    for wrong, said in (
+        ([Intervention(keys="demo7")], "No episode has tokens 'demo7'"),
+        ([Intervention(keys="demos", layers=(6,))], "layers 0 to 5; asked for 6"),
+        ([Intervention("zero", heads=((0, 4),))], "heads 0 to 3 in layer 0; asked for 4"),
+        ([SOME[0], SOME[0]], "Given twice"),
+        ([], "at least one"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            knockout(model, episodes, wrong)
+
+
+def test_effects_of_a_result_made_by_hand():
+    """Three episodes; the intervention costs 1, 2 and 3, one control draw costs 1 each, the other nothing."""
+    result = xr.Dataset(
+        {
+            "log_probability": (("condition", "episode"), [[-1.0, -1, -1], [-2, -3, -4], [-2, -2, -2], [-1, -1, -1]]),
+            "correct": (("condition", "episode"), [[1.0, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 1]]),
+            "n_hidden": (("intervention", "episode"), [[4, 4, 7]]),
+        },
+        coords={
+            "of": ("condition", [-1, 0, 0, 0]),
+            "control": ("condition", ["", "", "keys", "keys"]),
+            "draw": ("condition", [0, 0, 0, 1]),
+            "intervention": ["it"],
+            "method": ("intervention", ["knockout"]),
+        },
+    )
+    found = effects(result)
+    of = found.sel(intervention="it", measure="log_probability")
+    assert float(of["as_is"]) == -1
+    assert float(of["effect"].sel(end="estimate")) == -2
+    assert float(of["of_control"].sel(control="keys", end="estimate")) == -0.5
+    assert float(of["beyond"].sel(control="keys", end="estimate")) == -1.5
+    assert np.isnan(of["beyond"].sel(control="heads")).all()
+    share = found["effect"].sel(intervention="it", measure="correct")
+    assert float(share.sel(end="estimate")) == pytest.approx(-2 / 3)
+    assert float(share.sel(end="high")) > -0.1  # three episodes say little
+    assert found["n_hidden"].values.tolist() == [5]
+
+
+def test_the_picture_shows_every_intervention_and_its_controls(result):
+    figure = plot_knockout(result)
+    named = [trace.name for trace in figure.data]
+    assert named.count("taken away") == named.count("as many random tokens") == named.count("random heads") == 3
+    for trace in figure.data:
+        assert len(trace.x) == 3
+    assert set(figure.layout.yaxis.ticktext) == {intervention.label for intervention in SOME}
+
+
+def test_the_command_prints_effects_and_finds_its_run_again(tmp_path, capsys):
+    line = [
+        "knockout",
+        "--episodes",
+        "6",
+        "--shots",
+        "2",
+        "--hide",
+        "demos/text,sink",
+        "--window",
+        "3",
+        "--controls",
+        "1",
+    ]
+    line += ["--out", str(tmp_path / "run"), "--json"]
+    assert run(line) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert len(first["interventions"]) == 8
+    assert first["interventions"][0]["taken_away"] == "demos/text → answer, layers 0-2"
+    assert first["interventions"][0]["correct"]["controls"]["keys"]["beyond"]["low"] is not None
+    assert (tmp_path / "run" / "knockout.html").exists()
+    assert run(line) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["reused"] and again["interventions"] == first["interventions"]
+    assert run(line[:-1]) == 0
+    assert "Log p of the gold answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hide", "demo/image"], "There are no tokens 'demo/image'"),
+        (["--hide", "demo5"], "No episode has tokens 'demo5'"),
+        (["--layers", "9"], "layers 0 to 5; asked for 9"),
+        (["--heads", "3"], "not a choice of heads"),
+        (["--heads", "3.7"], "heads 0 to 3 in layer 3; asked for 7"),
+        (["--method", "mean"], "name them"),
+        (["--method", "mean", "--hide", "demos"], "belongs to --method knockout"),
+        (["--method", "means", "--heads", "3.1"], "no method 'means'"),
+        (["--window", "2", "--heads", "3.1"], "about whole layers"),
+        (["--window", "0"], "--window must be 1 or more"),
+        (["--heads", "3.1", "--layers", "2"], "leave out --layers"),
+        (["--controls", "-1"], "--controls must be 0"),
+    ],
+)
+def test_wrong_options_are_said_and_leave_nothing(tmp_path, capsys, options, said):
+    out = tmp_path / "run"
+    assert run(["knockout", "--episodes", "4", "--shots", "2", "--out", str(out), *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (out / "episodes.jsonl").exists()
+
+
+def test_each_head_and_windows_are_listed_in_order():
+    each = Removal(method="zero", each_head=True, layers="1:3").interventions(6, 2)
+    assert [i.heads for i in each] == [((1, 0),), ((1, 1),), ((2, 0),), ((2, 1),)]
+    windows = Removal(hide="demos", window=2, layers="0:4").interventions(6, 2)
+    assert [i.layers for i in windows] == [(0, 1), (1, 2), (2, 3)]
+    assert [i.keys for i in Removal().interventions(6, 4)] == [
+        "demos/image",
+        "demos/text",
+        "demos/delimiter",
+        "demos",
+        "query/image",
+    ]
