@@ -96,6 +96,18 @@ def test_wrong_answers_are_wrong_and_of_the_same_type():
             assert b.answer in ANSWERS[QUESTIONS.index(a.question)]
 
 
+def test_answers_are_exchanged_and_nothing_else():
+    [old] = EPISODES[:1]
+    for seed in range(5):
+        [new] = perturb([old], "permuted-answers", seed=seed)
+        assert Counter(x.answers for x in new.demonstrations) == Counter(x.answers for x in old.demonstrations)
+        order = [[x.answers for x in old.demonstrations].index(x.answers) for x in new.demonstrations]
+        assert new.query == old.query
+        assert len(set(order)) < len(order) or all(place != of for place, of in enumerate(order))
+        for a, b in zip(old.demonstrations, new.demonstrations, strict=True):
+            assert (a.images, a.question) == (b.images, b.question)
+
+
 def test_images_are_exchanged_blurred_and_blanked():
     [old] = EPISODES[:1]
     [permuted] = perturb([old], "permuted-images")
@@ -168,7 +180,8 @@ def test_declarative_sentences_come_from_a_table():
 def test_what_cannot_be_done_is_said():
     one = Episode("one", (POOL[0],), POOL[9])
     cases = {
-        "permuted-images": "has 1 demonstrations",
+        "permuted-images": "has 1 demonstrations; exchanging images",
+        "permuted-answers": "has 1 demonstrations; exchanging answers",
         "flipped-labels": "has one label, 'red'",
         "mismatched-question": "no example of the pool has another question",
     }

@@ -206,16 +206,18 @@ def _planted_answer(episode: Episode, material: Material, rng: np.random.Generat
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def _permuted_images(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
-    n = episode.shots
-    if n < 2:
-        raise UsageError(f"Episode {episode.id} has {n} demonstrations; exchanging images needs two or more.")
-    order = _derangement(n, rng)
-    made = [
-        replace(example, images=episode.demonstrations[source].images)
-        for example, source in zip(episode.demonstrations, order, strict=True)
-    ]
-    return replace(episode, demonstrations=tuple(made))
+def _permuted(what: str, exchange: Callable[[Example, Example], Example]) -> Change:
+    """Demonstrations exchange a part of theirs, so that none keeps its own."""
+
+    def change(episode: Episode, material: Material, rng: np.random.Generator) -> Episode:
+        n = episode.shots
+        if n < 2:
+            raise UsageError(f"Episode {episode.id} has {n} demonstrations; exchanging {what} needs two or more.")
+        order = _derangement(n, rng)
+        made = [exchange(x, episode.demonstrations[of]) for x, of in zip(episode.demonstrations, order, strict=True)]
+        return replace(episode, demonstrations=tuple(made))
+
+    return change
 
 
 def _derangement(n: int, rng: np.random.Generator) -> list[int]:
@@ -368,7 +370,8 @@ PERTURBATIONS: dict[str, Change] = {
     "wrong-answers": _wrong_answers,
     "wrong-target": _wrong_target,
     "planted-answer": _planted_answer,
-    "permuted-images": _permuted_images,
+    "permuted-images": _permuted("images", lambda x, other: replace(x, images=other.images)),
+    "permuted-answers": _permuted("answers", lambda x, other: _answering(x, other.answers)),
     "blurred-images": _with_images(_blur, query=False),
     "blurred-query": _with_images(_blur, query=True),
     "blank-images": _with_images(_blank, query=False),

@@ -17,6 +17,7 @@ name                    what happens
 ``wrong-target``        so does the one that alone gives the query's answer (strategy ``sole``)
 ``planted-answer``      so does one, drawn among those of which this can be: an answer that nobody in the episode gives
 ``permuted-images``     the demonstrations exchange their images, none keeps its own
+``permuted-answers``    the demonstrations exchange their answers, none keeps its own (others may be the same)
 ``blurred-images``      the demonstrations' images are blurred (Gaussian, 15 pixels)
 ``blurred-query``       the query's image is blurred so
 ``blank-images``        the demonstrations' images become one colour, their mean
