@@ -88,6 +88,43 @@ def lift(result: xr.Dataset) -> xr.DataArray:
     return (result["mass"] / visible_share(result)).rename("lift").assign_attrs(units="1 = uniform attention")
 
 
+def without_sinks(result: xr.Dataset) -> xr.Dataset:
+    """Take the attention sinks out of every segment.
+
+    Nothing is renormalised: masses then sum to less than 1, and a lift of 1 is still uniform attention over all visible
+    keys. A segment that holds nothing but sinks keeps a mass of 0 and has no density and no lift.
+
+    Parameters
+    ----------
+    result
+        As in ``docs/results.md``.
+
+    Returns
+    -------
+    xarray.Dataset
+        With ``mass``, ``n_visible``, ``visible_share`` and ``patch_mass`` of the positions that are no sinks of the
+        layer, and the attribute ``left_out``, which says so. Without ``contribution`` and what was recorded of every
+        token, from which sinks cannot be taken away.
+    """
+    if "left_out" in result.attrs:
+        return result
+    visible = result["n_visible"] - result["sink_visible"]
+    empty = visible < 1e-4  # a row is the mean over fewer positions; what is below is rounding
+    left = {
+        "mass": result["mass"] - result["sink_mass"],
+        "n_visible": visible,
+        "visible_share": result["visible_share"] - result["sink_share"],
+    }
+    left = {name: values.clip(0).where(~empty | values.isnull(), 0) for name, values in left.items()}
+    if "patch_mass" in result:
+        left["patch_mass"] = result["patch_mass"].where(~result["patch_sink"], 0)
+    rest = result.drop_dims("token", errors="ignore").drop_vars("contribution", errors="ignore")
+    rest = rest.assign({name: values.assign_attrs(result[name].attrs) for name, values in left.items()})
+    found = bool((result["n_sinks"] > 0).any())
+    note = "masses are not renormalised, so they sum to less than 1" if found else "the rule found none"
+    return rest.assign_attrs(left_out=f"attention sinks; {note}")
+
+
 def in_demonstrations(result: xr.Dataset | xr.DataArray) -> xr.DataArray:
     """Which segments belong to a demonstration, its delimiters included.
 

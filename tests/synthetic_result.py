@@ -113,6 +113,8 @@ def synthetic_result(
     contribution = np.full(shape, np.nan, np.float32)
     n_tokens = np.zeros((len(episodes), len(labels)), np.int64)
     n_visible = np.full((len(episodes), len(rows), layers, len(labels)), np.nan)
+    sink_mass, sink_visible = np.full(shape, np.nan, np.float32), np.full_like(n_visible, np.nan)
+    n_sinks = np.zeros((len(episodes), layers, len(labels)), np.int64)
     n_positions = np.zeros((len(episodes), len(rows)), np.int64)
     images: list[dict[str, object]] = []
     patches: list[tuple[int, int, int, np.ndarray]] = []
@@ -122,6 +124,7 @@ def synthetic_result(
         n_prompt = len(tokens) - n_answer
         for token in tokens:
             n_tokens[index, labels.index(token.segment)] += 1
+            n_sinks[index, 1:, labels.index(token.segment)] += is_sink(token)
         for row, position in enumerate([n_prompt - 1, n_prompt][: min(n_answer, 2)]):
             attention = _attention(tokens, position, (layers, heads), rng, plant if row == 0 else None)
             n_positions[index, row] = 1
@@ -130,11 +133,17 @@ def synthetic_result(
                 column = labels.index(label)
                 mass[index, row, :, :, column] = attention[..., members].sum(-1)
                 contribution[index, row, :, :, column] = attention[..., members].sum(-1) * rng.uniform(1, 2)
+                on_sinks = attention[..., [i for i in members if is_sink(tokens[i])]].sum(-1)
+                sink_mass[index, row, :, :, column] = np.where(np.arange(layers)[:, None] > 0, on_sinks, 0.0)
             n_visible[index, row] = [sum(t.segment == label for t in tokens[: position + 1]) for label in labels]
+            seen = [t.segment for t in tokens[: position + 1] if is_sink(t)]
+            sink_visible[index, row] = 0
+            sink_visible[index, row, 1:] = [seen.count(label) for label in labels]
             if row == 0 and index < stored:
                 _store_images(index, tokens, attention, images, patches)
 
     n = len(episodes)
+    sinking = np.arange(layers)[:, None] > 0
     correct = (np.arange(n) % 4 != 3).astype(np.int64)
     dataset = xr.Dataset(
         {
@@ -146,6 +155,15 @@ def synthetic_result(
                 ("episode", "row", "layer", "segment"),
                 n_visible / np.nansum(n_visible, -1, keepdims=True),
             ),
+            "sink_mass": (("episode", "row", "layer", "head", "segment"), sink_mass),
+            "sink_visible": (("episode", "row", "layer", "segment"), sink_visible),
+            "sink_share": (
+                ("episode", "row", "layer", "segment"),
+                sink_visible / np.nansum(n_visible, -1, keepdims=True),
+            ),
+            "n_sinks": (("episode", "layer", "segment"), n_sinks),
+            "sink_dimensions": (("episode", "layer", "rank"), np.stack([np.where(sinking, [7, -1], -1)] * n)),
+            "sink_size": (("episode", "layer", "rank"), np.stack([np.where(sinking, [30.0, 3.0], 3.0)] * n)),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), rng.uniform(0, 1e-6, (n, layers))),
             "correct": ("episode", correct),
@@ -179,6 +197,7 @@ def synthetic_result(
             "rows": "answer",
             "mass_precision": "float32",
             "residual_bound": 1e-5,
+            "sink_threshold": 20.0,
             "unknown_word_share": 0.0,
             "images_resized": 0,
             "command": "probe attention-map --model tiny-vlm --task binding-uncued",
@@ -186,6 +205,11 @@ def synthetic_result(
         },
     )
     return dataset.assign(_image_variables(images, patches, (layers, heads)))
+
+
+def is_sink(token: Token) -> bool:
+    """Sinks of all layers but the first: the first position, and the first token of every image."""
+    return token.role == "sink" or (token.row, token.column) == (0, 0)
 
 
 def _attention(
@@ -235,6 +259,10 @@ def _image_variables(
     masses = [patch[3] for patch in patches]
     return {
         "patch_mass": (("layer", "head", "patch"), np.stack(masses, -1) if masses else np.zeros((*heads, 0))),
+        "patch_sink": (
+            ("layer", "patch"),
+            np.array([[layer > 0 and patch[1:3] == (0, 0) for patch in patches] for layer in range(heads[0])], bool),
+        ),
         "patch_image": ("patch", np.array([patch[0] for patch in patches], dtype=np.int64)),
         "patch_tile": ("patch", np.zeros(len(patches), dtype=np.int64)),
         "patch_row": ("patch", np.array([patch[1] for patch in patches], dtype=np.int64)),

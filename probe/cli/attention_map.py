@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Rows = Literal["answer", "demo-answers", "all"]
 
 PICTURE = "attention_map.html"
+PICTURE_WITHOUT_SINKS = "attention_map_without_sinks.html"
 
 
 def attention_map(
@@ -31,6 +32,7 @@ def attention_map(
     rows: Rows = "answer",
     layers: str | None = None,
     top: int = 5,
+    without_sinks: Annotated[bool, Parameter(negative=())] = False,
     batch_size: int = 16,
     out: Path | None = None,
     json: Annotated[Json, Parameter(name="--json")] = False,
@@ -63,6 +65,8 @@ def attention_map(
         Which layers to record, such as 3, or 0,2,5, or 0:4 for 0 to 3; the default is all.
     top
         How many heads to list for images and for text.
+    without_sinks
+        Rank and draw what is left without attention sinks, in a picture of its own. The arrays on disk are the same.
     batch_size
         Episodes in one forward; lower it if memory runs out.
     out
@@ -103,13 +107,16 @@ def attention_map(
             _compute(run, source, located, episodes, rows, chosen, batch_size, reporter)
         result = run.result()
 
+        from probe import segments
         from probe.cli.attention_report import show
         from probe.experiments.ranking import rank_heads
 
+        picture = run.path(PICTURE_WITHOUT_SINKS if without_sinks else PICTURE)
         with reporter.step("drawing"):
+            result = segments.without_sinks(result) if without_sinks else result
             ranked = rank_heads(result, n=top)
-            draw(result, ranked, run.path(PICTURE))
-        show(reporter, result, ranked, run.directory, run.path(PICTURE), reused=reused)
+            draw(result, ranked, picture)
+        show(reporter, result, ranked, run.directory, picture, reused=reused)
 
 
 def _compute(
@@ -150,11 +157,12 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
     from probe.plots.page import write_page
 
     heads = list(dict.fromkeys((head.layer, head.head) for head in ranked))
+    left_out = f" Left out: {result.attrs['left_out']}." if "left_out" in result.attrs else ""
     figures = [
         (
             "Where each head looks",
             "Attention of the position that predicts the answer, averaged over episodes. The five columns partition "
-            "what it can see; the first three are the demonstrations.",
+            f"what it can see; the first three are the demonstrations.{left_out}",
             plot_attention_map(result),
         )
     ]
@@ -164,7 +172,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
             (
                 "By place of the demonstration",
                 "How the same attention spreads over the demonstrations' images and text, first to last read, for the "
-                "two highest ranked heads of each kind, on the episodes that did not choose them.",
+                "two highest ranked heads of each kind, on the episodes that did not choose them." + left_out,
                 plot_mass_by_demonstration(report, heads=_first_of_each(ranked, 2)),
             )
         )
@@ -172,7 +180,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
         figures.append(
             (
                 "On the images",
-                "One head's attention on every image token of one episode. Choose the head in the menu.",
+                "One head's attention on every image token of one episode. Choose the head in the menu." + left_out,
                 plot_overlay(result, heads=heads, episode=stored_episodes(result)[0]),
             )
         )

@@ -45,6 +45,8 @@ def show(
         )
     else:
         reporter.out.print("No demonstrations, so no heads to rank.")
+    if "left_out" in result.attrs:
+        reporter.note(f"Left out: {result.attrs['left_out']}.")
     if "no_overlay" in result.attrs:
         reporter.note(f"Nothing is drawn on the images: {result.attrs['no_overlay']}.")
     reporter.ending(result, picture, directory)
@@ -61,6 +63,7 @@ def summary(
         **result.attrs,
         "accuracy": {"estimate": accuracy.estimate, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n},
         "worst_residual": float(result["residual"].max()),
+        "sinks": found_sinks(result),
         "heads": [
             {
                 "modality": head.modality,
@@ -99,9 +102,69 @@ def _facts(result: xr.Dataset) -> list[tuple[str, str]]:
             f"(bound {attrs['residual_bound']:g})",
         ),
     ]
+    facts.append(("sinks", _sinks(result)))
     if "cross_mass" in result:
         facts.append(("cross-attention", _cross_attention(result)))
     return facts
+
+
+def found_sinks(result: xr.Dataset) -> dict[str, Any]:
+    """Where attention sinks are, how many of each modality, and what the first answer row pays to them.
+
+    Parameters
+    ----------
+    result
+        From :func:`probe.attention_map`, with or without its sinks.
+
+    Returns
+    -------
+    dict
+        ``layers`` that have any; ``largest_at_first``, the largest size of a dimension at a first position. Over these
+        layers (none: ``None``): ``positions`` of each modality in an episode (mean), ``sink`` being the first; the
+        ``share`` of all attention that lies on sinks, and, of the images' own sinks, their ``image_share`` of the
+        attention on images and their ``image_token_share`` of the image tokens.
+    """
+    layers = [int(layer) for layer in result["layer"].values[(result["n_sinks"] > 0).any(("episode", "segment"))]]
+    there = result.sel(layer=layers)
+    images = there["modality"] == "visual"
+    on_sinks = there["sink_mass"].isel(row=0)
+    paid = there["mass"].isel(row=0) + (on_sinks if "left_out" in result.attrs else 0)
+    n_sinks, n_tokens = there["n_sinks"].where(there["n_tokens"] > 0), there["n_tokens"].where(images)
+
+    def ratio(part: xr.DataArray, whole: xr.DataArray) -> float | None:
+        return finite(float(part.sum() / whole.sum())) if float(whole.sum()) else None
+
+    by_modality = n_sinks.groupby("modality").sum("segment").mean(("episode", "layer"))
+    positions = {str(m): float(n) for m, n in zip(by_modality["modality"].values, by_modality.values, strict=True)}
+    return {
+        "layers": layers,
+        "positions": positions if layers else None,
+        "share": ratio(on_sinks, paid),
+        "image_share": ratio(on_sinks.where(images), paid.where(images)),
+        "image_token_share": ratio(n_sinks.where(images), n_tokens.broadcast_like(n_sinks)),
+        "largest_at_first": finite(float(result["sink_size"].max())),
+    }
+
+
+def _sinks(result: xr.Dataset) -> str:
+    """The same in a sentence."""
+    found, threshold = found_sinks(result), result.attrs["sink_threshold"]
+    if not found["layers"]:
+        largest = found["largest_at_first"] or 0.0
+        if largest > threshold:
+            return f"none found: what is massive at the first position ({largest:.3g}) is so at most positions"
+        return f"none found: no dimension of the first position is massive ({largest:.2g}; sinks: over {threshold:g})"
+    n, images = found["positions"], ""
+    if found["image_share"] is not None:
+        images = (
+            f"; the images' own are {found['image_token_share']:.1%} of the image tokens, with "
+            f"{found['image_share']:.0%} of the attention on images"
+        )
+    return (
+        f"layers {', '.join(map(str, found['layers']))}: {n['sink']:.1f} first, {n['visual']:.1f} image, "
+        f"{n['textual']:.1f} text and {n['structural']:.1f} other positions of an episode, with {found['share']:.0%} "
+        f"of the attention{images}"
+    )
 
 
 def _cross_attention(result: xr.Dataset) -> str:

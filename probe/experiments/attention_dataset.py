@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,8 @@ UNITS = {
     "patch_mass": "probability",
     "contribution": "norm in the residual stream",
     "residual": "relative",
+    "sink_mass": "probability",
+    "sink_size": "root mean squares of the other dimensions",
     "cross_mass": "probability",
     "cross_contribution": "norm in the residual stream",
     "cross_residual": "relative",
@@ -71,7 +73,7 @@ def label(
     episodes: Sequence[Episode],
     encodings: Sequence[Encoding],
     plan: Plan,
-    values: dict[str, NDArray[np.float32]],
+    values: dict[str, NDArray[Any]],
     answers: list[str],
 ) -> xr.Dataset:
     """Name the rows of one batch.
@@ -83,8 +85,10 @@ def label(
     plan
         What was recorded.
     values
-        ``mass`` and ``contribution`` ``[episode, layer, row, head, segment]``, ``n_visible`` and ``visible_share``
-        ``[episode, layer, row, segment]``, ``residual`` ``[episode, layer]``.
+        ``mass``, ``contribution`` and ``sink_mass`` ``[episode, layer, row, head, segment]``; ``n_visible``,
+        ``visible_share``, ``sink_visible`` and ``sink_share`` ``[episode, layer, row, segment]``; ``n_sinks``
+        ``[episode, layer, segment]``, ``sink_dimensions`` and ``sink_size`` ``[episode, layer, 2]``, ``residual``
+        ``[episode, layer]``.
     answers
         The model's own.
 
@@ -98,19 +102,25 @@ def label(
     n_positions = np.array([[len(group) for group in rows] for rows in positions])
     given = (n_positions > 0)[:, :, None, None]
     there = (n_tokens > 0)[:, None, None, None, :] & given[..., None]
-    dims = ("episode", "row", "layer", "head", "segment")
-    seen = {name: np.where(given, values[name].swapaxes(1, 2), np.nan) for name in ("n_visible", "visible_share")}
+    by_head, by_row = ("episode", "row", "layer", "head", "segment"), ("episode", "row", "layer", "segment")
+
+    def heads(name: str) -> xr.Variable:
+        return xr.Variable(by_head, np.where(there, values[name].swapaxes(1, 2), np.float32(np.nan)))
+
+    def seen(name: str) -> xr.Variable:
+        return xr.Variable(by_row, np.where(given, values[name].swapaxes(1, 2), np.nan))
 
     def text(words: list[str]) -> xr.Variable:
         return xr.Variable("episode", np.array(words, dtype=str))
 
     return xr.Dataset(
         {
-            "mass": (dims, np.where(there, values["mass"].swapaxes(1, 2), np.float32(np.nan))),
-            "contribution": (dims, np.where(there, values["contribution"].swapaxes(1, 2), np.float32(np.nan))),
+            **{name: heads(name) for name in ("mass", "contribution", "sink_mass")},
             "n_tokens": (("episode", "segment"), n_tokens),
-            "n_visible": (("episode", "row", "layer", "segment"), seen["n_visible"]),
-            "visible_share": (("episode", "row", "layer", "segment"), seen["visible_share"]),
+            **{name: seen(name) for name in ("n_visible", "visible_share", "sink_visible", "sink_share")},
+            "n_sinks": (("episode", "layer", "segment"), values["n_sinks"]),
+            "sink_dimensions": (("episode", "layer", "rank"), values["sink_dimensions"]),
+            "sink_size": (("episode", "layer", "rank"), values["sink_size"]),
             "n_positions": (("episode", "row"), n_positions),
             "residual": (("episode", "layer"), values["residual"]),
             "correct": (
@@ -224,12 +234,13 @@ def label_images(
     encodings: Sequence[Encoding],
     pads: Sequence[int],
     first_row: NDArray[np.float32],
+    first_sinks: NDArray[np.bool_],
 ) -> xr.Dataset:
     """Name the first answer row's attention on each image token of a few episodes, and keep their images small.
 
-    ``first_row`` is ``[episode, layer, head, position]``.
+    ``first_row`` is ``[episode, layer, head, position]``, ``first_sinks`` ``[episode, layer, position]``.
     """
-    mass, image, tile, row, column = [], [], [], [], []
+    mass, sinks, image, tile, row, column = [], [], [], [], [], []
     owners: list[tuple[int, int]] = []
     grids, boxes, sizes, thumbnails = [], [], [], []
     for b, images in enumerate(pictures):
@@ -237,6 +248,7 @@ def label_images(
         for number, picture in enumerate(images):
             at = np.flatnonzero(token_map.image == number)
             mass.append(first_row[b][:, :, at + pads[b]])
+            sinks.append(first_sinks[b][:, at + pads[b]])
             image.append(np.full(len(at), len(owners)))
             tile.append(token_map.tile[at])
             row.append(token_map.row[at])
@@ -256,6 +268,7 @@ def label_images(
     return xr.Dataset(
         {
             "patch_mass": (("layer", "head", "patch"), np.concatenate(mass, -1)),
+            "patch_sink": (("layer", "patch"), np.concatenate(sinks, -1)),
             "thumbnail": (("image", "y", "x", "channel"), np.stack(thumbnails)),
             "image_box": (("image", "edge"), np.array(boxes)),
         },

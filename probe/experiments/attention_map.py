@@ -1,4 +1,4 @@
-"""Where the attention goes: mass and contribution of every segment, for every head.
+"""Where the attention goes: mass and contribution of every segment, for every head, and what of it lies on sinks.
 
 The result is described in ``docs/results.md``. Episodes are read in batches; each batch becomes a labelled part, which
 a run directory can keep, so that a run that was interrupted goes on where it stopped.
@@ -7,7 +7,7 @@ a run directory can keep, so that a run that was interrupted goes on where it st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from probe.experiments.attention_dataset import (
     label_tokens,
 )
 from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
+from probe.measures.sinks import THRESHOLD
 from probe.models.model import Model
 from probe.models.token_map import segments_for
 from probe.scoring import cut_answer
@@ -143,7 +144,7 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
     all_rows = plan.rows == "all"
     keys, vision = Keys.of_text(batch, plan), Keys.of_vision(batch, plan)
     reduce = make_reducer(model, BatchRows.of(batch, plan), keys, vision, all_rows=all_rows, n_overlay=n_overlay)
-    reading = read(model, batch, ("attention", "heads"), reduce, layers=[*plan.layers, *plan.cross_layers])
+    reading = read(model, batch, ("residual", "attention", "heads"), reduce, layers=[*plan.layers, *plan.cross_layers])
     values = _stack(reading.layers, plan.layers)
     answers = generate(model, model.batch(encodings, with_answer=False), max_new_tokens=max_new_tokens)
     dataset = label(episodes, encodings, plan, values, [cut_answer(answer) for answer in answers])
@@ -157,11 +158,13 @@ def _measure(model: Model, episodes: Sequence[Episode], plan: Plan, n_overlay: i
         _check_sums(model, tokens)
         dataset = dataset.merge(tokens)
     if n_overlay and model.reads_images_in_text:
-        dataset = dataset.merge(label_images(pictures, encodings, batch.pads, values["first_row"]))
+        dataset = dataset.merge(
+            label_images(pictures, encodings, batch.pads, values["first_row"], values["first_sinks"])
+        )
     return dataset
 
 
-def _stack(by_layer: dict[int, dict[str, Tensor]], layers: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+def _stack(by_layer: dict[int, dict[str, Tensor]], layers: Sequence[int]) -> dict[str, NDArray[Any]]:
     """The layers' values as arrays with a layer axis after the episode's."""
     names = by_layer[layers[0]]
     return {name: torch.stack([by_layer[layer][name] for layer in layers], 1).numpy() for name in names}
@@ -212,6 +215,7 @@ def _attributes(
         "answers": "gold",
         "mass_precision": f"mass, contribution, patch_mass: float32; token_mass: {dtype} kernel",
         "residual_bound": RESIDUAL_BOUND[model.dtype],
+        "sink_threshold": THRESHOLD,
         "n_attempted": n_attempted,
         "n_done": result.sizes["episode"],
         "n_failed": n_attempted - result.sizes["episode"],

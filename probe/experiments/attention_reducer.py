@@ -1,7 +1,8 @@
 """What is kept of one attention call while the model runs: which rows are read, and over which keys they are summed.
 
 A reducer sees the values of one layer where they are produced (:mod:`probe.trace.read`) and returns a few small arrays:
-mass, contribution, what is visible, and how far the heads' outputs are from what was recorded.
+mass, contribution, what is visible, which of it lies on attention sinks, and how far the heads' outputs are from what
+was recorded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from probe.experiments.attention_dataset import Plan
 from probe.measures import mass as measure
+from probe.measures.sinks import find_sinks
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.models.token_map import TokenMap
@@ -124,7 +126,9 @@ def make_reducer(
         For sites ``attention`` and ``heads``. Gives ``mass`` and ``contribution`` ``[batch, row, head, segment]``,
         ``n_visible`` and ``visible_share`` ``[batch, row, segment]``, ``residual`` ``[batch]``; on the axis of the
         text ``first_row`` ``[n_overlay, head, key]`` and ``token_mass`` ``[batch, head, position, segment]``; on that
-        of the images ``looks`` ``[batch, row]``, the share of a row's positions that may look at an image.
+        of the images ``looks`` ``[batch, row]``, the share of a row's positions that may look at an image. With site
+        ``residual`` also what :func:`sinks_of` gives of the axis of the text, of which ``first_sinks`` is cut to
+        ``n_overlay`` episodes.
     """
 
     def reduce(values: LayerValues) -> dict[str, Tensor]:
@@ -162,8 +166,49 @@ def make_reducer(
         reduced["residual"] = off.masked_fill(rows.unused[:, None], 0).amax((1, 2))
         if at.axis == "text":
             reduced["first_row"] = attention[:n_overlay, :, 0]
+            if values.residual is not None:
+                reduced |= sinks_of(values.residual, attention, visible, segments, rows)
+                reduced["first_sinks"] = reduced["first_sinks"][:n_overlay]
             if all_rows:
                 reduced["token_mass"] = measure.all_rows_mass(at.q, at.k, segments, at.mask, at.scale, at.causal)
         return reduced
 
     return reduce
+
+
+def sinks_of(
+    residual: Tensor, attention: Tensor, visible: Tensor, segments: Tensor, rows: BatchRows
+) -> dict[str, Tensor]:
+    """What of each segment lies on the sinks of a layer.
+
+    Parameters
+    ----------
+    residual
+        ``[batch, key, hidden]``, the stream that enters the layer.
+    attention, visible
+        ``[batch, head, flat row, key]`` and ``[batch, flat row, key]``.
+    segments
+        As in :class:`Keys`.
+    rows
+        How flat rows become labelled ones.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``sink_mass`` ``[batch, row, head, segment]``, ``sink_visible`` and ``sink_share`` ``[batch, row, segment]``, as
+        ``mass``, ``n_visible`` and ``visible_share`` but of the sinks alone; ``n_sinks`` ``[batch, segment]``,
+        ``sink_dimensions`` and ``sink_size`` ``[batch, 2]``; ``first_sinks`` ``[batch, key]``, which keys are sinks.
+    """
+    sinks = find_sinks(residual, segments.sum(-1) > 0)
+    chosen = segments * sinks.positions[..., None]
+    counts = visible.float() @ chosen
+    seen = (visible.float() @ segments).sum(-1, keepdim=True)
+    return {
+        "sink_mass": rows.average(measure.segment_mass(attention, chosen)),
+        "sink_visible": rows.average(counts[:, None])[:, :, 0],
+        "sink_share": rows.average((counts / seen)[:, None])[:, :, 0],
+        "n_sinks": chosen.sum(1).long(),
+        "sink_dimensions": sinks.dimensions,
+        "sink_size": sinks.sizes,
+        "first_sinks": sinks.positions,
+    }

@@ -61,7 +61,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
                 style.say(figure, "no token to see", row=place, col=column)
         _add_heading(figure, column, group, _n(mass.sel(group=group)))
 
-    undefined = "image_mass" in result.attrs
+    undefined, left_out = "image_mass" in result.attrs, str(result.attrs.get("left_out", ""))
     highest = float(np.nan_to_num(mass.mean("episode").values).max()) or 1.0
     style.finish(
         figure,
@@ -72,6 +72,7 @@ def plot_attention_map(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
             f"relative to uniform attention, logarithmic, clipped at {CLIP[0]:g} and {CLIP[1]:g}.",
             "Means over the episodes that have such tokens; their number is in the heading. Hatched: no token to see.",
             *(["No image is a token of this model's text: its mass on images is undefined."] if undefined else []),
+            *([f"Left out: {style.escape(left_out)}."] if left_out else []),
         ],
         body=body,
         extra=38,
