@@ -24,6 +24,9 @@ from probe.stats import ENDS, family_wise, mean_interval, paired_difference
 MEASURES = ("log_probability", "correct", "copied")
 CONTROLS = ("keys", "heads")
 
+WITHOUT = "without_"
+"""Begins the names of the knockouts that ``probe attention-map --knockout`` keeps within its result."""
+
 
 def effects(result: xr.Dataset) -> xr.Dataset:
     """Effects of every intervention.
@@ -64,6 +67,22 @@ def effects(result: xr.Dataset) -> xr.Dataset:
         },
         attrs=result.attrs,
     )
+
+
+def nest(result: xr.Dataset, prefix: str) -> xr.Dataset:
+    """Give all names of a result a prefix, so that it can be kept within another."""
+    names = {str(name): f"{prefix}{name}" for name in [*result.variables, *result.dims]}
+    return result.drop_attrs().rename(names)
+
+
+def unnest(result: xr.Dataset, prefix: str) -> xr.Dataset | None:
+    """What was kept within a result under a prefix, with the attributes of the whole; ``None`` if nothing was."""
+    names = {str(name): str(name).removeprefix(prefix) for name in result.variables if str(name).startswith(prefix)}
+    if not names:
+        return None
+    dims = {str(dim): str(dim).removeprefix(prefix) for dim in result.dims if str(dim).startswith(prefix)}
+    own = result.drop_vars([name for name in result.variables if str(name) not in names])
+    return own.rename({**names, **dims}).assign_attrs(result.attrs)
 
 
 def episode_effects(result: xr.Dataset, measure: str) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
