@@ -104,7 +104,7 @@ def likelihoods(
         for (number, reader), row in zip(part, logits, strict=True):
             for index, encoding in enumerate(encoded[number]):
                 if _serves(reader, encoding):
-                    totals[number][index] = _total(row, reader, encoding)
+                    totals[number][index] = float(total_log_probability(row, encoding, reader))
     return [
         Likelihood(
             tuple(answers),
@@ -130,7 +130,7 @@ def answer_log_probability(model: Model, batch: Batch, edits: Sequence[Edit] = (
     """
     keep = 1 + max(len(encoding) - encoding.n_prompt for encoding in batch.encodings)
     logits = read(model, batch, edits=edits, logits_to_keep=keep).logits
-    return np.array([_total(row, encoding, encoding) for row, encoding in zip(logits, batch.encodings, strict=True)])
+    return np.array([float(total_log_probability(*both)) for both in zip(logits, batch.encodings, strict=True)])
 
 
 def _serves(reader: Encoding, encoding: Encoding) -> bool:
@@ -152,9 +152,19 @@ def _readers(encodings: Sequence[Encoding]) -> list[Encoding]:
     return chosen
 
 
-def _total(logits: Tensor, reader: Encoding, encoding: Encoding) -> float:
-    """Sum of log p over an answer's tokens; the last of ``logits`` belongs to the last position of ``reader``."""
-    offset = logits.shape[0] - len(reader)
+def total_log_probability(logits: Tensor, encoding: Encoding, read: Encoding | None = None) -> Tensor:
+    """Sum of log p over an answer's tokens, in nats; it can be differentiated.
+
+    Parameters
+    ----------
+    logits
+        ``[kept, vocabulary]``, the last of which belongs to the last position that was read.
+    encoding
+        With the answer.
+    read
+        What was read, if that is longer; it begins as ``encoding`` does.
+    """
+    offset = logits.shape[0] - len(read if read is not None else encoding)
     places = torch.arange(encoding.n_prompt, len(encoding))
     chosen = logits[places - 1 + offset].double().log_softmax(-1)
-    return float(chosen.gather(-1, encoding.ids[places].to(logits.device)[:, None]).sum())
+    return chosen.gather(-1, encoding.ids[places].to(logits.device)[:, None]).sum()
