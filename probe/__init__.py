@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from probe.experiments.certification import certify
     from probe.experiments.copy_rate import copy_rate
     from probe.experiments.copy_sweep import copy_sweep
+    from probe.experiments.heads import heads
     from probe.experiments.interventions import Intervention
     from probe.experiments.knockout import knockout
     from probe.experiments.ranking import rank_heads
     from probe.experiments.reliance import modality_reliance
+    from probe.experiments.saliency import saliency
     from probe.experiments.task_split import task_split
     from probe.models.load import load
     from probe.models.model import Model
@@ -38,9 +40,12 @@ if TYPE_CHECKING:
     from probe.plots.copy_rate import plot_copy_rate
     from probe.plots.copy_sweep import plot_copy_sweep
     from probe.plots.demonstration_position import plot_mass_by_demonstration
+    from probe.plots.heads import plot_head_likeness, plot_heads
     from probe.plots.knockout import plot_knockout
     from probe.plots.overlay import plot_overlay
+    from probe.plots.saliency import plot_saliency
     from probe.plots.task_split import plot_task_split
+    from probe.plots.text_or_image import plot_text_or_image
     from probe.trace.ablate import zero_head
     from probe.trace.edit import Edit
     from probe.trace.read import read
@@ -62,10 +67,12 @@ _HOMES = {
     "certify": "probe.experiments.certification",
     "copy_rate": "probe.experiments.copy_rate",
     "copy_sweep": "probe.experiments.copy_sweep",
+    "heads": "probe.experiments.heads",
     "Intervention": "probe.experiments.interventions",
     "knockout": "probe.experiments.knockout",
     "rank_heads": "probe.experiments.ranking",
     "modality_reliance": "probe.experiments.reliance",
+    "saliency": "probe.experiments.saliency",
     "task_split": "probe.experiments.task_split",
     "load": "probe.models.load",
     "Model": "probe.models.model",
@@ -73,10 +80,14 @@ _HOMES = {
     "plot_attention_map": "probe.plots.attention_map",
     "plot_copy_rate": "probe.plots.copy_rate",
     "plot_copy_sweep": "probe.plots.copy_sweep",
+    "plot_head_likeness": "probe.plots.heads",
+    "plot_heads": "probe.plots.heads",
     "plot_knockout": "probe.plots.knockout",
     "plot_mass_by_demonstration": "probe.plots.demonstration_position",
     "plot_overlay": "probe.plots.overlay",
+    "plot_saliency": "probe.plots.saliency",
     "plot_task_split": "probe.plots.task_split",
+    "plot_text_or_image": "probe.plots.text_or_image",
     "Edit": "probe.trace.edit",
     "zero_head": "probe.trace.ablate",
     "read": "probe.trace.read",
@@ -97,6 +108,7 @@ __all__ = [
     "choose",
     "copy_rate",
     "copy_sweep",
+    "heads",
     "knockout",
     "load",
     "modality_reliance",
@@ -104,14 +116,19 @@ __all__ = [
     "plot_attention_map",
     "plot_copy_rate",
     "plot_copy_sweep",
+    "plot_head_likeness",
+    "plot_heads",
     "plot_knockout",
     "plot_mass_by_demonstration",
     "plot_overlay",
+    "plot_saliency",
     "plot_task_split",
+    "plot_text_or_image",
     "rank_heads",
     "read",
     "read_examples",
     "read_manifest",
+    "saliency",
     "synthetic_episodes",
     "task_split",
     "write_manifest",

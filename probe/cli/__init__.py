@@ -23,9 +23,17 @@ COMMANDS = {
         "probe.cli.task_split:task_split",
         "Tell what demonstrations teach from what they only remind of.",
     ),
+    "heads": (
+        "probe.cli.heads:heads",
+        "Score every head, kind by kind, and ablate those that stand out.",
+    ),
     "knockout": (
         "probe.cli.knockout:knockout",
         "Take attention or heads away, and see whether it matters.",
+    ),
+    "saliency": (
+        "probe.cli.saliency:saliency",
+        "Measure which flows of attention the right answer depends on.",
     ),
     "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }

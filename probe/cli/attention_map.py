@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from probe.cli.report import Reporter
     from probe.data.example import Episode
     from probe.experiments.ranking import RankedHead
+    from probe.models.model import Model
     from probe.models.names import Located
     from probe.store import Run
 
@@ -33,6 +34,8 @@ def attention_map(
     layers: str | None = None,
     top: int = 5,
     without_sinks: Annotated[bool, Parameter(negative=())] = False,
+    knockout: Annotated[bool, Parameter(negative=())] = False,
+    controls: int = 3,
     batch_size: int = 16,
     out: Path | None = None,
     json: Annotated[Json, Parameter(name="--json")] = False,
@@ -49,6 +52,10 @@ def attention_map(
     The bundled model on a synthetic task:
 
         probe attention-map --task recognition --shots 8
+
+    Do the heads that look at the demonstrations' images or text use them? What happens without, beside each mass:
+
+        probe attention-map --task binding-uncued --shots 8 --knockout
 
     Your own checkpoint and data:
 
@@ -67,6 +74,11 @@ def attention_map(
         How many heads to list for images and for text.
     without_sinks
         Rank and draw what is left without attention sinks, in a picture of its own. The arrays on disk are the same.
+    knockout
+        Also answer the episodes with the demonstrations' images, text and delimiters hidden from the row that answers,
+        in all layers and in each listed head, and show what that costs.
+    controls
+        With --knockout, how many random controls of each kind.
     batch_size
         Episodes in one forward; lower it if memory runs out.
     out
@@ -76,8 +88,10 @@ def attention_map(
     """
     source = source or Source()
     chosen = parse_layers(layers)
-    if top < 1 or batch_size < 1:
-        raise UsageError(f"--top and --batch-size must be 1 or more; got {top} and {batch_size}.")
+    if top < 1 or batch_size < 1 or controls < 0:
+        raise UsageError(
+            f"--top and --batch-size must be 1 or more, --controls 0; got {top}, {batch_size} and {controls}."
+        )
 
     from probe.cli.report import Reporter
 
@@ -100,11 +114,14 @@ def attention_map(
             "episodes_key": content,
             "rows": rows,
             "layers": chosen,
+            # Which heads are listed decides which are knocked out.
+            "knockout": {"top": top, "controls": controls} if knockout else None,
         }
     with open_run(run_directory(out, source, config), config) as run:
         reused = run.finished
         if not reused:
-            _compute(run, source, located, episodes, rows, chosen, batch_size, reporter)
+            without = (top, controls) if knockout else None
+            _compute(run, source, located, episodes, rows, chosen, without, batch_size, reporter)
         result = run.result()
 
         from probe import segments
@@ -126,22 +143,59 @@ def _compute(
     episodes: Sequence[Episode],
     rows: Rows,
     layers: list[int] | None,
+    without: tuple[int, int] | None,
     batch_size: int,
     reporter: Reporter,
 ) -> None:
-    """Do the work of a run that is not finished."""
+    """Do the work of a run that is not finished; ``without``: heads and controls of its knockouts."""
     from probe.cli.running import load_model, manifest
     from probe.experiments import attention_map as experiment
 
     with reporter.step("loading the model"):
         model = load_model(source, located)
         model.choose_layers(layers)  # what the model does not have is refused before anything is written
-    with manifest(run, model, episodes), reporter.progress("reading episodes", len(episodes)) as progress:
-        result = experiment.attention_map(
-            model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
-        )
+    with manifest(run, model, episodes):
+        with reporter.progress("reading episodes", len(episodes)) as progress:
+            result = experiment.attention_map(
+                model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
+            )
+        if without is not None:
+            result = _knock_out(run, model, episodes, result, layers, without, batch_size, reporter)
     result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
     run.finish(result)
+
+
+def _knock_out(
+    run: Run,
+    model: Model,
+    episodes: Sequence[Episode],
+    result: xr.Dataset,
+    layers: list[int] | None,
+    without: tuple[int, int],
+    batch_size: int,
+    reporter: Reporter,
+) -> xr.Dataset:
+    """Add what happens without what is read."""
+    from probe.experiments import without as experiment
+    from probe.experiments.knockout import n_conditions
+
+    top, controls = without
+    hidden = experiment.knockouts_for(result, top=top, layers=layers)
+    n = n_conditions(hidden, controls) * len(episodes)
+    with reporter.progress("knocking out", n) as progress:
+        result = experiment.without(
+            model,
+            episodes,
+            result,
+            top=top,
+            layers=layers,
+            controls=controls,
+            batch_size=batch_size,
+            keep=run.part,
+            progress=progress,
+        )
+        progress(n)
+    return result
 
 
 def _first_of_each(ranked: Sequence[RankedHead], n: int) -> list[tuple[int, int]]:
@@ -155,6 +209,7 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
     from probe.plots.demonstration_position import plot_mass_by_demonstration
     from probe.plots.overlay import plot_overlay, stored_episodes
     from probe.plots.page import write_page
+    from probe.plots.text_or_image import plot_text_or_image
 
     heads = list(dict.fromkeys((head.layer, head.head) for head in ranked))
     left_out = f" Left out: {result.attrs['left_out']}." if "left_out" in result.attrs else ""
@@ -174,6 +229,15 @@ def draw(result: xr.Dataset, ranked: Sequence[RankedHead], path: Path) -> None:
                 "How the same attention spreads over the demonstrations' images and text, first to last read, for the "
                 "two highest ranked heads of each kind, on the episodes that did not choose them." + left_out,
                 plot_mass_by_demonstration(report, heads=_first_of_each(ranked, 2)),
+            )
+        )
+    if bool((result["demonstration"] >= 0).any()) and "contribution" in result:
+        figures.append(
+            (
+                "Text or images?",
+                "What the row that answers reads of the demonstrations' images and of their text, by three measures, "
+                "and what it costs to hide them.",
+                plot_text_or_image(result),
             )
         )
     if "patch_mass" in result and heads and "no_overlay" not in result.attrs:

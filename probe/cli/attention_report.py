@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from probe.cli.knockout_report import as_json as effects_as_json
 from probe.cli.report import Reporter, finite, table
+from probe.experiments.without import head_knockout
+from probe.measures.effects import WITHOUT, effects, unnest
 from probe.segments import QUERY
+from probe.stats import ENDS
 
 if TYPE_CHECKING:
     import xarray as xr
     from rich.table import Table
 
     from probe.experiments.ranking import RankedHead
+
+HEADS = re.compile(r"\d+\.\d+$")
+"""Ends the label of a knockout in a single head."""
 
 WHAT = {"visual": "demonstrations' images", "textual": "demonstrations' text"}
 
@@ -34,14 +42,24 @@ def show(
         reporter.json(summary(result, ranked, directory, picture, reused=reused))
         return
     reporter.facts(result, _facts(result), reused=reused)
+    lost = _lost_by_head(result, ranked)
     for modality, what in WHAT.items():
         heads = [head for head in ranked if head.modality == modality]
         if heads:
-            reporter.out.print(_table(heads, what))
+            reporter.out.print(_table(heads, what, lost))
+    without = unnest(result, WITHOUT)
+    if without is not None:
+        reporter.out.print(_without(effects(without)))
     if ranked:
         reporter.note(
             f"Ranked on one half of the episodes, reported on the other (n = {ranked[0].mass.n}). A lift of 1 is "
-            "uniform attention. Attention is not use: knock a head out before you believe in it."
+            "uniform attention. "
+            + (
+                "Without: the change of log p of the answer, in nats, when this head alone cannot see them from the "
+                "row that answers, on the reporting half. Other heads may stand in for it."
+                if lost
+                else "Attention is not use: knock a head out before you believe in it (--knockout)."
+            )
         )
     else:
         reporter.out.print("No demonstrations, so no heads to rank.")
@@ -57,6 +75,8 @@ def summary(
 ) -> dict[str, Any]:
     """The same as the tables, for programs."""
     from probe.stats import wilson
+
+    lost, without = _lost_by_head(result, ranked), unnest(result, WITHOUT)
 
     accuracy = wilson(int(result["correct"].sum()), result.sizes["episode"])
     return {
@@ -76,9 +96,11 @@ def summary(
                 "n": head.mass.n,
                 "per_token": finite(head.per_token),
                 "lift": finite(head.lift),
+                **({"without": dict(zip(ENDS, map(finite, lost[head]), strict=True))} if head in lost else {}),
             }
             for head in ranked
         ],
+        **({} if without is None else {"without": effects_as_json(effects(without))}),
         "directory": str(directory),
         "picture": str(picture),
         "reused": reused,
@@ -182,8 +204,51 @@ def _cross_attention(result: xr.Dataset) -> str:
     )
 
 
-def _table(heads: Sequence[RankedHead], what: str) -> Table:
-    made = table(f"Heads that attend most to the {what}", ("layer.head", "mass [95 % interval]", "per token", "lift"))
+def _table(heads: Sequence[RankedHead], what: str, lost: Mapping[RankedHead, Sequence[float]]) -> Table:
+    columns = ("layer.head", "mass [95 % interval]", "per token", "lift", *(("without",) if lost else ()))
+    made = table(f"Heads that attend most to the {what}", columns)
     for head in heads:
-        made.add_row(f"{head.layer}.{head.head}", escape(str(head.mass)), f"{head.per_token:.2g}", f"{head.lift:.2f}")
+        row = [f"{head.layer}.{head.head}", escape(str(head.mass)), f"{head.per_token:.2g}", f"{head.lift:.2f}"]
+        if lost:
+            row.append(_change(lost[head]) if head in lost else "–")
+        made.add_row(*row)
     return made
+
+
+def _lost_by_head(result: xr.Dataset, ranked: Sequence[RankedHead]) -> dict[RankedHead, list[float]]:
+    """What it costs to hide from each ranked head what it attends to, on the half that did not rank it.
+
+    Estimate, low and high of the change of log p; empty where nothing was knocked out.
+    """
+    found = unnest(result, WITHOUT)
+    if found is None:
+        return {}
+    reporting = result["episode"].values[result["half"].values == "report"]
+    summary = effects(found.sel(episode=reporting))["effect"].sel(measure="log_probability")
+    labels = {head: head_knockout(head).label for head in ranked}
+    known = summary["intervention"].values.tolist()
+    return {head: summary.sel(intervention=label).values.tolist() for head, label in labels.items() if label in known}
+
+
+def _without(summary: xr.Dataset) -> Table:
+    """What it costs to hide each group of tokens in all layers that were recorded."""
+    made = table(
+        "Without, from the row that answers", ("hidden", "tokens", "log p", "beyond random tokens", "accuracy")
+    )
+    groups = [label for label in summary["intervention"].values.tolist() if not HEADS.search(label)]
+    for label in groups:
+        own = summary.sel(intervention=label)
+        log_p, correct = (own.sel(measure=measure) for measure in ("log_probability", "correct"))
+        made.add_row(
+            escape(label.split(" →")[0]),
+            f"{float(own['n_hidden']):.3g}",
+            _change(log_p["effect"].values.tolist()),
+            _change(log_p["beyond"].sel(control="keys").values.tolist()),
+            _change(correct["effect"].values.tolist()),
+        )
+    return made
+
+
+def _change(ends: Sequence[float]) -> str:
+    estimate, low, high = ends
+    return f"{estimate:+.3f}" + escape(f" [{low:+.3f}, {high:+.3f}]") if estimate == estimate else "–"
