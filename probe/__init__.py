@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from probe.experiments.heads import heads
     from probe.experiments.interventions import Intervention
     from probe.experiments.knockout import knockout
+    from probe.experiments.linear_probe import linear_probe
     from probe.experiments.ranking import rank_heads
     from probe.experiments.reliance import modality_reliance
     from probe.experiments.saliency import saliency
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from probe.plots.demonstration_position import plot_mass_by_demonstration
     from probe.plots.heads import plot_head_likeness, plot_heads
     from probe.plots.knockout import plot_knockout
+    from probe.plots.linear_probe import plot_linear_probe
     from probe.plots.overlay import plot_overlay
     from probe.plots.saliency import plot_saliency
     from probe.plots.task_split import plot_task_split
@@ -70,6 +72,7 @@ _HOMES = {
     "heads": "probe.experiments.heads",
     "Intervention": "probe.experiments.interventions",
     "knockout": "probe.experiments.knockout",
+    "linear_probe": "probe.experiments.linear_probe",
     "rank_heads": "probe.experiments.ranking",
     "modality_reliance": "probe.experiments.reliance",
     "saliency": "probe.experiments.saliency",
@@ -83,6 +86,7 @@ _HOMES = {
     "plot_head_likeness": "probe.plots.heads",
     "plot_heads": "probe.plots.heads",
     "plot_knockout": "probe.plots.knockout",
+    "plot_linear_probe": "probe.plots.linear_probe",
     "plot_mass_by_demonstration": "probe.plots.demonstration_position",
     "plot_overlay": "probe.plots.overlay",
     "plot_saliency": "probe.plots.saliency",
@@ -110,6 +114,7 @@ __all__ = [
     "copy_sweep",
     "heads",
     "knockout",
+    "linear_probe",
     "load",
     "modality_reliance",
     "perturb",
@@ -119,6 +124,7 @@ __all__ = [
     "plot_head_likeness",
     "plot_heads",
     "plot_knockout",
+    "plot_linear_probe",
     "plot_mass_by_demonstration",
     "plot_overlay",
     "plot_saliency",

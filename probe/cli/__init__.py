@@ -31,6 +31,10 @@ COMMANDS = {
         "probe.cli.knockout:knockout",
         "Take attention or heads away, and see whether it matters.",
     ),
+    "linear-probe": (
+        "probe.cli.linear_probe:linear_probe",
+        "Tell what can be read linearly from the residual stream.",
+    ),
     "saliency": (
         "probe.cli.saliency:saliency",
         "Measure which flows of attention the right answer depends on.",

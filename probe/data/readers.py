@@ -23,6 +23,8 @@ from probe.errors import ProbeError, did_you_mean
 
 IMAGE_KEYS = ("image", "images", "file_name", "file_names")
 ANSWER_KEYS = ("answer", "answers")
+KEYS = ("id", "question", *IMAGE_KEYS, *ANSWER_KEYS)
+"""What an example is made of; other words and numbers of a line are kept in its ``info``."""
 SUFFIXES = (".jsonl", ".json-lines")
 METADATA = "metadata.jsonl"
 
@@ -35,7 +37,8 @@ def read_examples(path: Path) -> list[Example]:
 
     Of each line are read: ``question``; ``answer`` or ``answers``, a string or a list whose first entry a demonstration
     shows; ``image``, ``images``, ``file_name`` or ``file_names``, a path or a list, relative to the directory of the
-    file; and ``id``, by default ``<name of the file without suffix>-<line number>``. Other keys are ignored, and so are
+    file; and ``id``, by default ``<name of the file without suffix>-<line number>``. Words and numbers
+    under other keys are kept in ``info``, the rest is ignored, and so are
     blank lines. Questions and answers are stripped of white space at both ends.
 
     An example without an image key, or with null there, has text only. Where the key is absent and another looks as if
@@ -149,6 +152,7 @@ def _example(record: dict[str, Any], path: Path, number: int) -> Example:
         images=_images(record, path, where),
         question=texts(question, "question", where, several=False)[0].strip(),
         answers=tuple(answer.strip() for answer in texts(answers, key, where)),
+        info={name: value for name, value in record.items() if name not in KEYS and type(value) in (str, int, float)},
     )
 
 

@@ -298,7 +298,8 @@ def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test
     Returns
     -------
     list of Example
-        ``info["group"]`` is what examples must share to belong into one episode: the hidden rule, or the question.
+        ``info`` names the scene's attributes (``colour``, ``kind`` …); its ``group`` is what examples must share to
+        belong into one episode: the hidden rule, or the question.
 
     Raises
     ------
@@ -320,11 +321,12 @@ def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test
         shift = None if rule.shift is None else f"plus {rule.shift}"
         hidden = " ".join(filter(None, (rule.attribute, rule.language if rule.attribute else None, shift)))
         example = _example(f"{task}-{seed}-{index}", item, task.endswith(TEXT_SUFFIX), picture, split)
-        examples.append(replace(example, info={"group": hidden or item.question}))
+        examples.append(replace(example, info={**example.info, "group": hidden or item.question}))
     return examples
 
 
 def _example(name: str, item: Item, as_text: bool, seed: int, split: Split) -> Example:
     question = f"{scene_words(item.scene)} {item.question}" if as_text else item.question
     images = () if as_text else (render(item.scene, seed, split=split),)
-    return Example(id=name, images=images, question=question, answers=(item.answer,))
+    shown = {attribute: item.scene.value(attribute) for attribute in ATTRIBUTES}
+    return Example(id=name, images=images, question=question, answers=(item.answer,), info=shown)
