@@ -70,9 +70,7 @@ def main() -> None:
     estimate = correlation(values, truth)
     first = [places[i] for i in np.argsort(-values)[:5]]
     best = [places[i] for i in np.argsort(-truth)[:3]]
-    print(
-        f"model {given.model}, {given.episodes} episodes of each of {', '.join(TASKS)}, {SHOTS} shots, seed {given.seed}"
-    )
+    print(f"model {given.model}; {', '.join(TASKS)}: {given.episodes} episodes each, {SHOTS} shots, seed {given.seed}")
     met = "met" if low >= 0.7 else "missed"
     print(f"rank correlation with the card, ablation: {estimate:.3f} [{low:.3f}, {high:.3f}], bar >= 0.7: {met}")
     met = "met" if set(best) <= set(first) else "missed"

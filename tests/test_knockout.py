@@ -12,16 +12,30 @@ import xarray as xr
 import probe
 from probe.cli import run
 from probe.cli.knockout import Removal
+from probe.data.manifest import read_manifest
 from probe.errors import UsageError
-from probe.experiments.interventions import Intervention, mean_outputs, n_hidden, random_heads, random_keys
+from probe.experiments.interventions import (
+    Intervention,
+    edits_of,
+    mean_outputs,
+    n_hidden,
+    random_heads,
+    random_keys,
+)
 from probe.experiments.knockout import knockout, n_conditions
-from probe.measures.effects import effects
+from probe.experiments.without import knockouts_for
+from probe.measures.effects import WITHOUT, effects, unnest
+from probe.models.load import load
 from probe.models.token_map import ROLES, parse_selection
 from probe.plots.knockout import plot_knockout
+from probe.plots.text_or_image import plot_text_or_image
+from probe.store import read_zarr
 from probe.trace.ablate import N_KINDS, hide_keys, kinds, mean_heads
 from probe.trace.generate import generate
 from probe.trace.likelihood import likelihoods
 from probe.trace.read import read
+from tests.tiny_families import build
+from tests.tiny_qwen import make_episode
 
 SOME = (
     Intervention(keys="demos/text"),
@@ -310,3 +324,79 @@ def test_each_head_and_windows_are_listed_in_order():
         "demos",
         "query/image",
     ]
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory):
+    """An attention map with knockouts, as the command makes it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    line = ["attention-map", "--task", "binding-uncued", "--shots", "3", "--episodes", "6", "--top", "2", "--knockout"]
+    line += ["--controls", "1", "--out", str(out), "--json"]
+    return line, out
+
+
+def test_beside_each_mass_stands_what_happens_without_it(mapped, capsys):
+    line, out = mapped
+    assert run(line) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [each["taken_away"] for each in said["without"]["interventions"][:4]] == [
+        "demos/image → answer",
+        "demos/text → answer",
+        "demos/delimiter → answer",
+        "sink → answer",
+    ]
+    assert len(said["heads"]) == 4
+    result = read_zarr(out / "result.zarr")
+    found = unnest(result, WITHOUT)
+    assert found is not None
+    report = found.sel(episode=result["episode"].values[result["half"].values == "report"])
+    for head in said["heads"]:
+        keys = {"visual": "demos/image", "textual": "demos/text"}[head["modality"]]
+        label = f"{keys} → answer, {head['layer']}.{head['head']}"
+        place = found["intervention"].values.tolist().index(label)
+        own = report["log_probability"][(report["of"] == place) & (report["control"] == "")].values[0]
+        plain = report["log_probability"][report["of"] == -1].values[0]
+        assert head["without"]["estimate"] == pytest.approx((own - plain).mean())
+    direct = knockout(
+        probe.load("toy"), read_manifest(out / "episodes.jsonl"), [Intervention(keys="demos/text")], controls=0
+    )
+    assert np.allclose(direct["log_probability"].values[1], found["log_probability"].values[found["of"] == 1][0])
+    assert run(line[:-1]) == 0
+    text = capsys.readouterr().out
+    assert "Without, from the row that answers" in text and "without" in text
+    figure = plot_text_or_image(result)
+    assert len([trace for trace in figure.data if trace.xaxis == "x4"]) == 4
+    assert run([*line[:-1], "--without-sinks"]) == 0
+
+
+def test_without_knockouts_the_picture_says_that_they_are_missing():
+    result = probe.attention_map(probe.load("toy"), probe.synthetic_episodes("recognition", shots=1, n=2))
+    assert any("--knockout" in str(note.text) for note in plot_text_or_image(result).layout.annotations)
+    with pytest.raises(UsageError, match="no demonstrations"):
+        plot_text_or_image(probe.attention_map(probe.load("toy"), probe.synthetic_episodes("vqa", shots=0, n=2)))
+
+
+def test_only_what_is_there_is_hidden():
+    """No demonstrations, or no images: nothing is asked of what no episode has."""
+    none = probe.attention_map(probe.load("toy"), probe.synthetic_episodes("vqa", shots=0, n=2))
+    assert [each.label for each in knockouts_for(none, top=2)] == ["sink → answer"]
+    words = probe.attention_map(probe.load("toy"), probe.synthetic_episodes("vqa-text", shots=1, n=4))
+    labels = [each.label for each in knockouts_for(words, top=1, layers=[1, 2])]
+    assert labels[:3] == [f"{keys} → answer, layers 1-2" for keys in ("demos/text", "demos/delimiter", "sink")]
+    assert len(labels) == 4 and labels[3].startswith("demos/text → answer, ")
+
+
+def test_images_are_hidden_in_cross_attention_where_the_text_reads_them_there():
+    made = build("mllama")
+    shown = load(made.module, processor=made.processor)
+    some = [make_episode(2, seed=seed) for seed in (2, 5)]
+    intervention = Intervention(keys="query/image")
+    edits = edits_of(shown, intervention)
+    assert {edit.axis for edit in edits} == {"text", "vision"}
+    found = knockout(shown, some, [intervention], answers=False, controls=1)
+    assert (found["n_hidden"].values > 0).all()
+    assert (abs(found["log_probability"][1] - found["log_probability"][0]) > 1e-3).all()
+    beyond = effects(found)["beyond"].sel(
+        control="keys", measure="log_probability", intervention="query/image → answer"
+    )
+    assert np.isfinite(beyond.sel(end="estimate"))
