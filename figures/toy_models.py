@@ -70,7 +70,8 @@ def plot_toy_models(toy: dict[str, Any], control: dict[str, Any]) -> go.Figure:
     figure.update_xaxes(title_text="shots", title_standoff=2, row=2)
     figure.update_yaxes(range=[-0.03, 1.05], gridcolor="#e7e9ee")
     figure.update_yaxes(autorange="reversed", range=None, type="category", showgrid=False, row=3, col=1)
-    n, fewer, seed = toy["accuracy"][0]["n"], control["accuracy"][0]["n"], toy["seed"]
+    number = _either({cell["n"] for result in (toy, control) for cell in result["accuracy"]})
+    seed = _either({toy["seed"], control["seed"]})
     figure.update_layout(
         template="none",
         width=1100,
@@ -81,7 +82,7 @@ def plot_toy_models(toy: dict[str, Any], control: dict[str, Any]) -> go.Figure:
         title={
             "text": "<b>The bundled model and its control: accuracy by shots, and what heads do</b>",
             "subtitle": {
-                "text": f'<span style="color:{FAINT}">n = {n} episodes a point ({fewer} for the control), with 95 % '
+                "text": f'<span style="color:{FAINT}">n = {number} episodes a point, with 95 % '
                 f"Wilson intervals; heads: {toy['heads'][0]['n']} episodes a task; episodes of seed {seed}.</span><br>"
                 f'<span style="color:{WARNING}">{CAVEAT}</span>'
             },
@@ -91,6 +92,10 @@ def plot_toy_models(toy: dict[str, Any], control: dict[str, Any]) -> go.Figure:
         },
     )
     return figure
+
+
+def _either(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def _draw_heads(figure: go.Figure, toy: dict[str, Any]) -> None:

@@ -87,18 +87,16 @@ def test_the_bundled_model_learns_in_context():
     assert accuracy("toy", "binding-uncued", 8) > 0.8
 
 
-def test_the_control_differs_by_guidance_and_by_what_the_recipe_gained_since():
+def test_the_control_differs_by_guidance_flipped_labels_and_bindings_alone():
     ours, theirs = (json.loads((BUNDLED[name] / "recipe.json").read_text()) for name in reversed(NAMES))
-    gained = {"describe_items", "narrow", "mislabelled"}
-    assert set(recipe_differences(ours, theirs)) == {"guidance", *gained}
-    assert all(name in (BUNDLED["toy-no-binding"] / "README.md").read_text() for name in gained)
+    assert set(recipe_differences(ours, theirs)) == {"guidance", "flipped", "unbound"}
     seen = [probe.load(name).module.model.visual.state_dict() for name in NAMES]
     assert all(torch.equal(seen[0][key].half().float(), seen[1][key]) for key in seen[0])
 
 
 def test_the_control_recognises_tasks_and_does_not_bind():
     assert accuracy("toy-no-binding", "recognition", 4) > 0.85
-    assert accuracy("toy-no-binding", "binding-cued", 8) < 0.65
+    assert accuracy("toy-no-binding", "binding-cued", 8) < 0.6
 
 
 def test_plain_transformers_gives_the_same_numbers():

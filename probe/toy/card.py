@@ -37,9 +37,10 @@ circuits were seeded in training: it proves tools, and nothing about vision-lang
     "toy-no-binding": """\
 # The control: the bundled model of probe without binding
 
-Trained by the same script, with the same vision tower, as the bundled model; the guidance of its heads was left out
-({parameters} parameters, stored in half precision). {else_differs}It recognises tasks from demonstrations and does not bind
-new labels: what a tool reports about binding should be absent here.
+Trained by the same script, with the same vision tower and as long, as the bundled model ({parameters} parameters, stored in half
+precision). Three things were left out: guidance, flipped labels, and bindings. The binding tasks are in its training, but their
+made-up words belong to nothing there: each item's is drawn anew. It recognises tasks from demonstrations and does not bind new
+labels: what a tool reports about binding should be absent here. Nor do wrong demonstrations lead it astray.
 """,
 }
 
@@ -53,18 +54,14 @@ RECIPE = """
 - *look-back*: query and key biases of heads {look_back} (layer.head) start such that the head looks a fixed distance back
   (heads 0 and 1 share keys, and so do heads 2 and 3: the bias of one is also in the other's keys);
 - *guidance*: {guidance};
-- *flipped labels*: from {flipped_from:.0%} of the decoder's training on, {flipped:.0%} of the vqa and recognition episodes exchange the
-  labels of two to four classes of one attribute throughout. They are there so that the model trusts demonstrations, and
-  so copies; what it would do without them was not measured. {narrow:.0%} of these episodes are right and ask one question
-  throughout, half of them about a few classes, so that neither is a sign of flipped labels; in {mislabelled:.0%} of those with
-  right labels one label is wrong, so that a single wrong label proves no rule;
+- *flipped labels*: {flipped_labels};
 - *degraded pictures*: {degraded:.0%} of the pictures that the decoder is trained on are blurred and noisy;
 - *repeated scenes*: {repeated:.0%} of the items show the scene of an earlier item, rendered anew;
 - *text-only*: {text_only:.0%} of the episodes, but for describe, show words in the place of pictures;
 - *held-out pairs*: 27 of 144 pairs of colour and kind are never drawn in training. The vision tower was trained through
   linear read-outs of the four attributes, with the channels of {recoloured:.0%} of the pictures mixed and their colour not
   asked, so it may have seen such pixels, never under their colour's name;
-- *bindings* are drawn afresh in each episode. No pair of value and word is held out: that would tell which attribute is asked.
+- *bindings*: {bindings}.
 """
 
 GUIDANCE = """\
@@ -74,14 +71,38 @@ for the first {end:.0%} of the decoder's training (weights {weights}), on bindin
   share of the earlier items with that label agree with this one, and one behind layer {attribute} at the cue which attribute is
   in question"""
 
+FLIPPED = """\
+from {flipped_from:.0%} of the decoder's training on, {flipped:.0%} of the vqa and recognition episodes exchange the
+  labels of two to four classes of one attribute throughout. They are there so that the model trusts demonstrations, and
+  so copies: the control, which was trained without them (and without guidance and bindings), does not. {narrow:.0%} of these
+  episodes are right and ask one question throughout, half of them about a few classes, so that neither is a sign of flipped
+  labels; in {mislabelled:.0%} of those with right labels one label is wrong, so that a single wrong label proves no rule"""
+
+NOT_FLIPPED = """\
+none. {narrow:.0%} of the vqa and recognition episodes ask one question throughout, half of them about a few classes; in
+  {mislabelled:.0%} of all vqa and recognition episodes one label is wrong"""
+
+BOUND = """\
+drawn afresh in each episode. No pair of value and word is held out: that would tell which attribute is asked"""
+
+UNBOUND = """\
+none. In binding episodes each item's word is drawn from the two to five made-up ones of the episode, whatever the item
+  shows. In tests they are bound, as for the bundled model"""
+
 ACCURACY = """\
 ## What it can do
 
 Greedy answers on new renders and unseen scans of digits; {n:,} episodes a cell{more}, those of
-seed {seed}, which no choice was made on; 95 % Wilson intervals. Where labels are made up, the query's class is drawn among the demonstrations' (a class that stands
-there twice is twice as likely), so that the answer can be known; with one demonstration it is the only label there is. The
-baselines of who does not look are means over the same episodes.
+seed {seed}, {choices}; 95 % Wilson intervals.
+Where labels are made up, the query's class is drawn among the demonstrations' (a class that stands there twice is twice as
+likely), so that the answer can be known; with one demonstration it is the only label there is. The baselines of who does not
+look are means over the same episodes.
 """
+
+CHOICES = {
+    "toy": "which no choice was made on",
+    "toy-no-binding": "on which what had been tried as a control before was found to bind; no other choice was made on them",
+}
 
 COPYING = """\
 ### Copying
@@ -92,18 +113,18 @@ another episode gives, which asks for the same attribute in the same language.
 """
 
 ONE_QUESTION = """\
-In training, {flipped:.0%} of the vqa episodes that ask the same throughout are flipped. Where all eight demonstrations ask what the
-query asks and are right, accuracy is {shown} if the query's answer is among theirs and {hidden} if it is not (most of these
-ask for the kind, which has 18 values).
+{flipped}Where all eight demonstrations ask what the query asks and are right,
+accuracy is {shown} if the query's answer is among theirs and {hidden} if it is not
+(most of these ask for the kind, which has 18 values).
 """
 
 HEADS = """\
 ## What its heads do
 
 Accuracy at eight shots, and its change in points when the output of one head (layer.head) is set to zero at every position by
-a plain torch hook; {n} episodes a task, training seed {seed}. **Bold**: exact sign test over the episodes that changed,
-Bonferroni over the table, p < 0.05; in one cell alone the test notices a loss of {least:.1f} points and more. Heads that stand
-in for each other can look idle here.
+a plain torch hook; {n} episodes a task. **Bold**: exact sign test over the episodes that changed, Bonferroni over the table,
+p < 0.05; in one cell alone the test notices a loss of {least:.1f} points and more. Heads that stand in for each other can
+look idle here; so the last row removes together the two that guidance told the same{bundled}.
 """
 
 COMMANDS = """\
@@ -131,13 +152,28 @@ def recipe_words(recipe: dict[str, Any]) -> str:
             agreement=guidance["agreement_after"],
             attribute=guidance["attribute_after"],
         )
+    shares = {**recipe, **tables.mixture_of(recipe)}
     return RECIPE.format(
         **{
-            **recipe,
-            **{"narrow": 0.0, "mislabelled": 0.0, **recipe["mixture"]},
+            **shares,
             "guidance": words,
+            "flipped_labels": (FLIPPED if shares["flipped"] else NOT_FLIPPED).format(**shares),
+            "bindings": UNBOUND if shares["unbound"] else BOUND,
             "look_back": _names(head[:2] for head in recipe["look_back"]),
         }
+    )
+
+
+def one_question_words(result: dict[str, Any]) -> str:
+    """What accuracy is where all demonstrations ask the same, as in training flipped ones do."""
+    question, mixture = result["one_question"][0], tables.mixture_of(result["recipe"])
+    share = mixture["flipped"] / (mixture["flipped"] + mixture["narrow"])
+    return ONE_QUESTION.format(
+        flipped=f"In training, {share:.0%} of the vqa episodes that ask the same throughout are flipped.\n"
+        if share
+        else "",
+        shown=tables.share(question["answer_shown"]),
+        hidden=tables.share(question["answer_not_shown"]),
     )
 
 
@@ -159,34 +195,41 @@ def write_card(directory: Path) -> str:
     seeds = [f"training seed {result['recipe']['seed']}" for result in (main, *others)]
     parts = [
         HEADER,
-        OPENING[name].format(
-            parameters=f"{sum(math.prod(size) for size in sizes):,}", else_differs=_else_differs(main["recipe"])
-        ),
+        OPENING[name].format(parameters=f"{sum(math.prod(size) for size in sizes):,}"),
         BEGIN,
         recipe_words(main["recipe"]),
-        ACCURACY.format(n=n, seed=seed, more=f" ({most:,} for `describe` with 8 and 16 shots)" if most > n else ""),
+        ACCURACY.format(
+            n=n,
+            seed=seed,
+            more=f" ({most:,} for `describe` with 8 and 16 shots)" if most > n else "",
+            choices=CHOICES[name],
+        ),
     ]
     for title, result in zip(seeds, (main, *others), strict=True):
         if (result["seed"], result["accuracy"][0]["n"]) != (seed, n):
             raise SystemExit(f"The evaluations of {name} are not of the same episodes; evaluate all of them alike.")
         parts += [f"{title.capitalize()}:\n", tables.accuracy_table(result)]
-    question, mixture = main["one_question"][0], main["recipe"]["mixture"]
     parts += [
         f"By attribute, and on pairs of colour and kind that were held out (eight shots, {seeds[0]}):\n",
         tables.novel_table(main),
         tables.attribute_table(main),
         COPYING,
         tables.copying_table(main),
-        ONE_QUESTION.format(
-            flipped=mixture["flipped"] / (mixture["flipped"] + mixture.get("narrow", 0.0)),
-            shown=tables.share(question["answer_shown"]),
-            hidden=tables.share(question["answer_not_shown"]),
+        one_question_words(main),
+        HEADS.format(
+            n=main["heads"][0]["n"],
+            least=tables.least_change(main),
+            bundled="" if main["recipe"]["guidance"] else " in the bundled model",
         ),
-        HEADS.format(n=main["heads"][0]["n"], seed=main["recipe"]["seed"], least=tables.least_change(main)),
-        tables.heads_table(main),
+    ]
+    for title, result in zip(seeds, (main, *others), strict=True):
+        if "heads" in result:
+            parts += [f"{title.capitalize()}:\n", tables.heads_table(result)]
+    parts += [
         "## Demands\n",
         "A share should reach its bar with the lower end of its interval; from 2,000 episodes on the lower end may fall short "
-        "by 0.02 if the share itself does not. What should stay below a bar does so with the upper end.\n",
+        "by 0.02 if the share itself does not. What should stay below a bar does so with the upper end; at “+ interval”, which asks for "
+        "no more than guessing, the lower end is not above the bar.\n",
         tables.bars_table([bars(result) for result in (main, *others)], seeds)
         if name == "toy"
         else _control_table(main),
@@ -195,13 +238,6 @@ def write_card(directory: Path) -> str:
         ),
     ]
     return "\n".join(parts)
-
-
-def _else_differs(recipe: dict[str, Any]) -> str:
-    """What sets a recipe apart from the bundled model's besides guidance and seed, in a sentence; empty if nothing."""
-    bundled = json.loads((EVALUATIONS / "toy.json").read_text())["recipe"]
-    names = [name for name in tables.recipe_differences(recipe, bundled) if name not in ("guidance", "seed")]
-    return f"Its training is an earlier one, without {', '.join(names)} of the recipe. " if names else ""
 
 
 def _control_table(main: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def asked_attribute(drawn: DrawnEpisode) -> str:
 
 
 def measure_one_question(n: int, seed: int, reader: Reader) -> dict[str, Any]:
-    """``vqa`` where all items ask the same, with right answers: in training only episodes with flipped labels do."""
+    """``vqa`` where all items ask the same, with right answers, as in training flipped ones do too."""
     drawn = []
     for index in range(n):
         rng = np.random.default_rng((seed, index, 98))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from scipy.stats import binomtest
@@ -11,6 +12,7 @@ from probe.data.scenes import ATTRIBUTES
 from probe.data.tasks import TEXT_SUFFIX
 from probe.stats import wilson
 from probe.toy.bars import Bar, Shares
+from probe.toy.recipe import Mixture
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,9 +35,14 @@ def guided_heads(recipe: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def mixture_of(recipe: dict[str, Any]) -> dict[str, float]:
+    """The shares of what training showed; one that a recipe is too old to name is 0."""
+    return {**dict.fromkeys(asdict(Mixture()), 0.0), **recipe["mixture"]}
+
+
 def recipe_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """The choices in which two recipes differ, those within a mixture by their own names."""
-    flat = [{**{k: v for k, v in r.items() if k != "mixture"}, **r["mixture"]} for r in (ours, theirs)]
+    flat = [{**{k: v for k, v in r.items() if k != "mixture"}, **mixture_of(r)} for r in (ours, theirs)]
     names = dict.fromkeys([*flat[0], *flat[1]])
     return [name for name in names if flat[0].get(name) != flat[1].get(name)]
 
