@@ -241,10 +241,10 @@ def test_families_that_ask_for_it_read_equally_many_images_together() -> None:
     picture = Image.new("RGB", (2, 2))
     one = Example("one", (picture,), "?", ("x",))
     episodes = [Episode(f"e{i}", (one,) * shots, one) for i, shots in enumerate((1, 1, 1, 2, 2, 1))]
-    units = [[e.id for e in unit] for unit in answering_module._units(Model(), episodes, 2)]  # type: ignore[arg-type]
+    units = [[e.id for e in unit] for unit in answering_module.units(Model(), episodes, 2)]  # type: ignore[arg-type]
     assert units == [["e0", "e1"], ["e2"], ["e3", "e4"], ["e5"]]
     Model.family.like_images = False  # type: ignore[attr-defined]
-    assert [len(u) for u in answering_module._units(Model(), episodes, 4)] == [4, 2]  # type: ignore[arg-type]
+    assert [len(u) for u in answering_module.units(Model(), episodes, 4)] == [4, 2]  # type: ignore[arg-type]
 
 
 def test_a_kept_part_belongs_to_its_episodes(answers_as) -> None:
