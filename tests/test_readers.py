@@ -52,14 +52,14 @@ def test_a_file_of_examples(folder: Path) -> None:
         {"image": ["a.png", "below/b.png"], "question": " Which? \n", "answers": ["the first", " first"], "id": "pair"},
         "   \t",
         {"question": "Two and two?", "answer": ["four"], "id": 17},
-        {"image": None, "image_path": "x", "question": "Où\u2028?", "answers": "là", "split": "val", "score": 0.5, "annotated": True},
+        {"image": None, "image_path": "x", "question": "Où\u2028?", "answers": "là", "score": 0.5, "annotated": True},
     )
     assert read_examples(path) == [
         Example("photos-1", (folder / "a.png",), "What colour?", ("red",)),
         Example("pair", (folder / "a.png", folder / "below/b.png"), "Which?", ("the first", "first")),
         Example("17", (), "Two and two?", ("four",)),
         # Words and numbers are kept; what scoring goes by cannot be said by a line.
-        Example("photos-6", (), "Où\u2028?", ("là",), info={"image_path": "x", "split": "val", "score": 0.5}),
+        Example("photos-6", (), "Où\u2028?", ("là",), info={"image_path": "x", "score": 0.5}),
     ]
 
 
