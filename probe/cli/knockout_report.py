@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from probe.cli.report import Reporter, finite, table
+from probe.cli.report import Reporter, finite, table, wrap_labels
 from probe.measures.effects import CONTROLS, effects
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def _table(summary: xr.Dataset, title: str) -> Table:
     heading = f"{title}: {float(summary['as_is']):.3f} as it is"
     hides = bool((summary["n_hidden"] > 0).any())
     made = table(heading, ("taken away", *(("tokens",) if hides else ()), "effect", "p", *words))
-    for label in summary["intervention"].values.tolist():
+    labels = summary["intervention"].values.tolist()
+    wrap_labels(made, labels)
+    for label in labels:
         row = summary.sel(intervention=label)
         hidden = float(row["n_hidden"])
         made.add_row(

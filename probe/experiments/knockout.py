@@ -115,7 +115,9 @@ def knockout(
     if any(intervention.method == "mean" for intervention in interventions):
         means = mean_outputs(model, (model.batch(_encode(model, unit)) for unit in groups))
     conditions = _conditions(model, interventions, controls, seed, means)
-    plan = key({"plan": [controls, seed, limit if answers else 0], "interventions": [repr(i) for i in interventions]})
+    # Means come from all episodes, so they are part of what a batch's numbers rest on.
+    whole = content_key(episodes) if means is not None else ""
+    plan = key({"plan": [controls, seed, limit if answers else 0, whole], "of": [repr(i) for i in interventions]})
     done: list[xr.Dataset] = []
     n = 0
     for unit in groups:
@@ -176,14 +178,14 @@ def _check(
 
 
 def _check_keys(model: Model, episodes: Sequence[Episode], interventions: Sequence[Intervention]) -> None:
-    """Refuse keys that no episode has, before anything is read. The first of each number of shots tells."""
-    kinds = {(episode.shots, len(episode.query.images)): episode for episode in reversed(episodes)}
+    """Refuse keys that no episode has, before anything is read; one of each layout tells."""
+    kinds = {tuple(len(example.images) for example in episode.examples): episode for episode in reversed(episodes)}
     encodings = _encode(model, list(kinds.values()))
     for intervention in interventions:
         if intervention.keys and not any(n_hidden(intervention, encoding) for encoding in encodings):
             raise UsageError(
                 f"No episode has tokens {intervention.keys!r} before its answer, so that hiding them would change "
-                f"nothing (shots: {', '.join(map(str, sorted({shots for shots, _ in kinds})))})."
+                f"nothing (shots: {', '.join(map(str, sorted({len(layout) - 1 for layout in kinds})))})."
             )
 
 
