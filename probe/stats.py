@@ -57,9 +57,11 @@ class Interval:
         return [self.estimate, self.low, self.high]
 
     def __str__(self) -> str:
-        """Three decimals, or as many as show two digits of the width: ``0.412 [0.371, 0.455]``."""
+        """Three decimals, or as many as show two digits of the width: ``0.412 [0.371, 0.455]``; no ends: ``0.412``."""
+        if math.isnan(self.low):
+            return "–" if math.isnan(self.estimate) else f"{self.estimate:.3f}"
         width = self.high - self.low
-        digits = 3 if math.isnan(width) or width <= 0 else min(9, max(3, 1 - math.floor(math.log10(width))))
+        digits = 3 if width <= 0 else min(9, max(3, 1 - math.floor(math.log10(width))))
         return f"{self.estimate:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
@@ -317,7 +319,8 @@ def family_wise(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) ->
     Parameters
     ----------
     values
-        ``[test, episode]``; the same episodes in all tests.
+        ``[test, episode]``; the same episodes in all tests. NaN is undefined: a test that is undefined in all episodes
+        has no p, and an episode in which another is undefined is left out.
     seed
         Of the flips.
     resamples
@@ -327,19 +330,25 @@ def family_wise(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) ->
     -------
     ndarray
         ``[test]``, p: the share of flips (this one included) whose largest |t| reaches the test's. 1 where all numbers
-        are 0. With fewer than 6 episodes, none can be below 0.05.
+        are 0, NaN without two episodes. With fewer than 6 episodes, none can be below 0.05.
 
     Raises
     ------
     ValueError
-        If a number is not finite, or there are fewer than two episodes.
+        If it is no such array, or a number is infinite.
     """
     import numpy as np
 
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] < 2 or not np.isfinite(x).all():
-        raise ValueError("Tests need finite numbers for at least two episodes, [test, episode].")
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 2 or np.isinf(given).any():
+        raise ValueError("Tests need numbers that are not infinite, [test, episode].")
+    p = np.full(len(given), np.nan)
+    usable = ~np.isnan(given).all(1)
+    x = given[usable]
+    x = x[:, ~np.isnan(x).any(0)]
     n = x.shape[1]
+    if n < 2:
+        return p
     squares = (x * x).mean(1)
     scale = np.sqrt(squares)
 
@@ -354,7 +363,8 @@ def family_wise(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) ->
         signs = rng.integers(0, 2, size=(min(500, resamples - start), n)) * 2.0 - 1
         largest = size(signs @ x.T / n).max(1, initial=0)
         reached += (largest[:, None] >= observed - ROUNDING).sum(0)
-    return np.asarray(np.where(scale > 0, reached / (resamples + 1), 1.0))
+    p[usable] = np.where(scale > 0, reached / (resamples + 1), 1.0)
+    return p
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float]:

@@ -166,11 +166,11 @@ def test_keys_are_the_last_ones_where_a_window_drops_the_first():
     def note(value, context):
         width = context.attention.k.shape[2]
         windows.add(width)
-        for name in ("query/answer", "query/delimiter"):
+        for name in ("query", "query/delimiter"):
             blocked = _blocked(parse_selection(name), context)
             for row, encoding, pad in zip(blocked, batch.encodings, batch.pads, strict=True):
                 prompt = parse_selection(name).of(encoding.token_map)[: encoding.n_prompt]
-                whole = [False] * pad + prompt.tolist() + [name == "query/answer"] * context.step
+                whole = [False] * pad + prompt.tolist() + [False] * context.step  # what is said is never hidden
                 assert row.tolist() == whole[-width:]
         return value
 
@@ -236,9 +236,11 @@ def test_where_nothing_is_left_the_heads_write_nothing():
     assert torch.isfinite(read(ours, batch, edits=[probe.Edit("heads", 1, look)]).logits).all()
     for row, encoding, pad in zip(written["z"], batch.encodings, batch.pads, strict=True):
         asked = torch.from_numpy(parse_selection("query").of(encoding.token_map))
+        asked[encoding.n_prompt :] = False  # an answer still sees what it has said
         norms = row[pad:].norm(dim=(1, 2))
         assert (norms[asked] == 0).all()
         assert (norms[~asked] > 0).all()
+        assert asked.sum() > 1
 
 
 def test_uniform_attention_writes_the_mean_of_visible_values():
@@ -327,3 +329,31 @@ def test_heads_that_are_not_there_are_refused():
     ):
         with pytest.raises(UsageError, match="Layer 1 has heads 0 to 3"):
             read(ours, batch, edits=edits)
+
+
+def test_an_answer_always_sees_what_it_has_said():
+    """Hiding the whole query hides its prompt alone, in a forward as in a generation."""
+    ours, _ = models("qwen2_5_vl")
+    episodes = [make_episode(1, seed=seed) for seed in (1, 2)]
+    batch = ours.batch([ours.encode(episode) for episode in episodes])
+    layers = range(3)
+    whole = read(ours, batch, edits=hide_keys(layers, "query", "all"), logits_to_keep=4).logits
+    parts = "query/image+query/question+query/delimiter"
+    prompt = read(ours, batch, edits=hide_keys(layers, parts, "all"), logits_to_keep=4).logits
+    assert torch.equal(whole, prompt)
+    plain = read(ours, batch, logits_to_keep=4).logits
+    assert torch.equal(
+        read(ours, batch, edits=hide_keys(layers, "query/answer", "all"), logits_to_keep=4).logits, plain
+    )
+
+
+def test_a_kind_of_position_without_a_mean_is_an_error():
+    ours, _ = models("qwen2_5_vl")
+    batch = ours.batch([ours.encode(EPISODES[0])])
+    means = torch.zeros(N_KINDS, ours.head_dim)
+    used = set(kinds(batch.encodings[0]).tolist())
+    means[[kind for kind in range(N_KINDS) if kind not in used]] = float("nan")
+    read(ours, batch, edits=mean_heads({(1, 0): means}))  # what is not there is not asked for
+    means[next(iter(used))] = float("nan")
+    with pytest.raises(UsageError, match="no mean of what heads write"):
+        read(ours, batch, edits=mean_heads({(1, 0): means}))

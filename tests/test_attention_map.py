@@ -329,7 +329,7 @@ def test_too_little_memory_and_impossible_images_are_sentences(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(experiment, "_measure", no_memory)
-    with pytest.raises(ProbeError, match="batch of 2 episodes does not fit"):
+    with pytest.raises(ProbeError, match="batch of 2 does not fit"):
         attention_map(model, EPISODES[:3], batch_size=2)
 
 

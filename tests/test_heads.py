@@ -15,10 +15,10 @@ import probe
 from probe.cli import run
 from probe.data.perturb import perturb
 from probe.errors import UsageError
-from probe.experiments.head_effects import halves, head_effects
+from probe.experiments.head_effects import head_effects
 from probe.experiments.head_scores import head_scores
 from probe.experiments.heads import heads
-from probe.experiments.interventions import mean_outputs
+from probe.experiments.interventions import halves, mean_outputs
 from probe.measures import head_roles
 from probe.measures.head_summary import KINDS, of_found, select_heads, summarise_heads
 from probe.models.load import load
@@ -164,6 +164,19 @@ def test_scores_equal_a_naive_loop(model, kind):
                     assert float(cell["visual"]) == pytest.approx(visual, abs=1e-4)
                 else:  # the row can see no image, in layers with a window too
                     assert np.isnan(cell["visual"])
+
+
+def test_labels_that_begin_alike_have_no_learning_and_unseen_answers_no_matching(model):
+    """Of answers of several tokens the first must tell them apart; labels are counted once, whatever their tokens."""
+    some = probe.synthetic_episodes("describe", shots=3, n=12, seed=2)
+    found = head_scores(model, some)
+    for place, episode in enumerate(some):
+        answers = list(dict.fromkeys([episode.query.answer, *(x.answer for x in episode.demonstrations)]))
+        first = [answer.split()[0] for answer in answers]
+        alike = len(set(first)) < len(first)
+        assert bool(np.isnan(found["task_learning"][place]).all()) == (alike or len(answers) == 1)
+    assert np.isnan(found["task_learning"]).all(("layer", "head")).any()
+    assert not np.isnan(found["task_learning"]).all()
 
 
 def test_effects_equal_hooks_and_come_from_the_other_half(model):

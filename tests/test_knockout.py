@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import xarray as xr
 import probe
 from probe.cli import run
 from probe.cli.knockout import Removal
+from probe.cli.knockout_report import show
+from probe.cli.report import Reporter
 from probe.data.manifest import read_manifest
 from probe.errors import UsageError
 from probe.experiments.interventions import (
     Intervention,
+    count_hidden_keys,
     edits_of,
     mean_outputs,
     n_hidden,
@@ -125,8 +129,8 @@ def test_random_heads_are_others_of_the_same_layers(model):
     assert len(seen) > 1
     all_of_one = Intervention("zero", heads=tuple((2, head) for head in range(4)))
     assert random_heads(model, all_of_one, 0, 0) is None
-    most = random_heads(model, Intervention("zero", heads=((2, 0), (2, 1), (2, 2))), 0, 0)
-    assert most is not None and (2, 3) in (most.heads or ()) and len(set(most.heads or ())) == 3
+    too_many = Intervention("zero", heads=((2, 0), (2, 1), (2, 2), (3, 0)))  # layer 2 has one other head
+    assert random_heads(model, too_many, 0, 0) is None
 
 
 def test_means_are_those_of_a_loop(model, episodes):
@@ -139,16 +143,25 @@ def test_means_are_those_of_a_loop(model, episodes):
         for position, kind in enumerate(kinds(encoding)):
             rows[int(kind)].append(z[position])
     for kind, own in rows.items():
-        wanted = torch.stack(own).mean(0) if own else torch.zeros(4, 32)
-        assert (found[2, :, kind] - wanted).abs().max() < 1e-4
-    means = {(2, 1): found[2, 1]}
-    ablated = knockout(model, episodes, [Intervention("mean", heads=((2, 1),))], controls=0, answers=False)
-    logits = [
-        read(model, model.batch([e]), edits=mean_heads(means), logits_to_keep=2).logits[0, 0].double().log_softmax(-1)
-        for e in encodings
-    ]
-    wanted_p = [float(row[e.ids[e.n_prompt]]) for row, e in zip(logits, encodings, strict=True)]
-    assert np.allclose(ablated["log_probability"].values[1], wanted_p, atol=1e-4)
+        if own:
+            assert (found[2, :, kind] - torch.stack(own).mean(0)).abs().max() < 1e-4
+        else:
+            assert found[2, :, kind].isnan().all()
+
+
+def test_means_come_from_the_other_half(model, episodes):
+    """Every second episode belongs to one half; what is put in its place comes from the others."""
+    encodings = [model.encode(episode) for episode in episodes]
+    found = knockout(model, episodes, [Intervention("mean", heads=((2, 1),))], controls=0, answers=False)
+    assert found["episode"].values.tolist() == [episode.id for episode in episodes]
+    for place, encoding in enumerate(encodings):
+        others = [other for at, other in enumerate(encodings) if at % 2 != place % 2]
+        means = {(2, 1): mean_outputs(model, [model.batch(others)])[2, 1]}
+        logits = read(model, model.batch([encoding]), edits=mean_heads(means), logits_to_keep=2).logits[0, 0]
+        wanted = float(logits.double().log_softmax(-1)[encoding.ids[encoding.n_prompt]])
+        assert float(found["log_probability"][1, place]) == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(UsageError, match="two episodes or more"):
+        knockout(model, episodes[:1], [Intervention("mean", heads=((2, 1),))])
 
 
 def test_what_binds_is_read_from_the_words_and_not_from_the_pictures(model):
@@ -303,6 +316,8 @@ def test_the_command_prints_effects_and_finds_its_run_again(tmp_path, capsys):
         (["--window", "0"], "--window must be 1 or more"),
         (["--heads", "3.1", "--layers", "2"], "leave out --layers"),
         (["--controls", "-1"], "--controls must be 0"),
+        (["--hide", ""], "--hide names nothing"),
+        (["--rows", " "], "--rows names nothing"),
     ],
 )
 def test_wrong_options_are_said_and_leave_nothing(tmp_path, capsys, options, said):
@@ -400,3 +415,65 @@ def test_images_are_hidden_in_cross_attention_where_the_text_reads_them_there():
         control="keys", measure="log_probability", intervention="query/image → answer"
     )
     assert np.isfinite(beyond.sel(end="estimate"))
+
+
+@pytest.mark.parametrize("kind", ["idefics", "mllama"])
+def test_what_cannot_be_seen_anyway_has_no_effect_to_measure(kind, capsys):
+    """Later text sees no earlier image in these families: a zero would be a statement."""
+    made = build(kind)
+    shown = load(made.module, processor=made.processor)
+    some = [make_episode(2, seed=seed) for seed in (2, 5, 6)]
+    seen, unseen = Intervention(keys="query/image"), Intervention(keys="demos/image")
+    elsewhere = Intervention(keys="demos/image", heads=((0, 0),))
+    found = knockout(shown, some, [seen, unseen, elsewhere], controls=1)
+    assert (found["n_hidden"].values[0] > 0).all() and (found["n_hidden"].values[1:] == 0).all()
+    summary = effects(found)
+    assert summary["n_defined"].values.tolist() == [3, 0, 0]
+    assert np.isnan(summary["effect"].values[:, 1:]).all() and np.isnan(summary["p"].values[:, 1:]).all()
+    assert np.isfinite(summary["effect"].values[:, 0]).all() and np.isfinite(summary["p"].values[:, 0]).all()
+    plot_knockout(found)
+    show(Reporter(quiet=False), found.assign_attrs(task="none", seed=0), Path("run"), Path("picture"), reused=False)
+    assert "the rows cannot see these tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_counts_are_of_keys_that_a_row_can_see(model, episodes):
+    """Rows before the keys lose nothing; of several rows, the one that loses most counts."""
+    batch = model.batch([model.encode(episode) for episode in episodes])
+    asked = [
+        Intervention(keys="demos/image"),
+        Intervention(keys="query/image", rows="demos"),
+        Intervention(keys="demo1/answer", rows="demo1/answer+query"),
+    ]
+    found = count_hidden_keys(model, batch, asked)
+    assert found[0].tolist() == [6 * episode.shots for episode in episodes]
+    assert found[1].tolist() == [0] * len(episodes)
+    assert found[2].tolist() == [1] * len(episodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--shots", "0"], ["query/image → answer"]),
+        (["--task", "recognition-text"], ["demos/text → answer", "demos/delimiter → answer", "demos → answer"]),
+    ],
+)
+def test_by_default_only_what_is_there_is_hidden(tmp_path, capsys, options, shown):
+    line = ["knockout", "--episodes", "3", "--controls", "0", "--no-answers", "--json", "--out", str(tmp_path / "run")]
+    usual = [] if "--shots" in options else ["--shots", "2"]
+    assert run([*line, *usual, *options]) == 0
+    assert [each["taken_away"] for each in json.loads(capsys.readouterr().out)["interventions"]] == shown
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_very_few_episodes_are_shown_without_intervals(tmp_path, capsys, number):
+    line = ["attention-map", "--knockout", "--shots", "2", "--episodes", number, "--controls", "1", "--top", "1"]
+    assert run([*line, "--out", str(tmp_path / "run")]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_controls_follow_the_seed(model, episodes):
+    one, other = (
+        knockout(model, episodes, SOME[:1], controls=1, answers=False, seed=seed)["log_probability"] for seed in (1, 2)
+    )
+    assert np.array_equal(one[:2], other[:2])
+    assert not np.array_equal(one[2], other[2])

@@ -173,7 +173,8 @@ def test_interval_prints_as_many_digits_as_matter() -> None:
     assert str(Interval(0.4123, 0.3708, 0.4551, 30, "")) == "0.412 [0.371, 0.455]"
     assert str(Interval(0.00041, 0.00032, 0.00055, 30, "")) == "0.00041 [0.00032, 0.00055]"
     assert str(Interval(1.0, 1.0, 1.0, 30, "")) == "1.000 [1.000, 1.000]"
-    assert str(mean_interval([2.0])) == "2.000 [nan, nan]"
+    assert str(mean_interval([2.0])) == "2.000"  # one episode has no interval
+    assert str(mean_interval([])) == "–"
 
 
 def test_paired_differences_cover_what_is_true():
@@ -213,5 +214,10 @@ def test_family_wise_errors_are_as_rare_as_promised():
     assert p[3] < 0.01 and (np.delete(p, 3) > 0.05).all()
     assert family_wise(np.zeros((2, 9))).tolist() == [1, 1]
     assert family_wise(np.full((1, 12), -0.5))[0] < 0.01  # all alike, and none of them 0
-    with pytest.raises(ValueError, match="finite"):
-        family_wise([[1.0, np.nan]])
+    missing = np.vstack([values, np.full(24, np.nan)])
+    missing[0, 5] = np.nan  # leaves out an episode for all
+    assert np.isnan(family_wise(missing)[8])
+    assert family_wise(missing)[:8].tolist() == family_wise(np.delete(values, 5, axis=1)).tolist()
+    assert np.isnan(family_wise([[1.0, np.nan]])).all()
+    with pytest.raises(ValueError, match="infinite"):
+        family_wise([[1.0, np.inf]])

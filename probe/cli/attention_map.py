@@ -160,7 +160,7 @@ def _compute(
                 model, episodes, rows=rows, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
             )
         if without is not None:
-            result = _knock_out(run, model, episodes, result, layers, without, batch_size, reporter)
+            result = _knock_out(run, model, episodes, result, layers, without, source.seed, batch_size, reporter)
     result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
     run.finish(result)
 
@@ -172,6 +172,7 @@ def _knock_out(
     result: xr.Dataset,
     layers: list[int] | None,
     without: tuple[int, int],
+    seed: int,
     batch_size: int,
     reporter: Reporter,
 ) -> xr.Dataset:
@@ -190,6 +191,7 @@ def _knock_out(
             top=top,
             layers=layers,
             controls=controls,
+            seed=seed,
             batch_size=batch_size,
             keep=run.part,
             progress=progress,

@@ -100,7 +100,7 @@ def summary(
             }
             for head in ranked
         ],
-        **({} if without is None else {"without": effects_as_json(effects(without))}),
+        **({} if without is None else {"without": effects_as_json(_of_groups(effects(without)))}),
         "directory": str(directory),
         "picture": str(picture),
         "reused": reused,
@@ -208,7 +208,8 @@ def _table(heads: Sequence[RankedHead], what: str, lost: Mapping[RankedHead, Seq
     columns = ("layer.head", "mass [95 % interval]", "per token", "lift", *(("without",) if lost else ()))
     made = table(f"Heads that attend most to the {what}", columns)
     for head in heads:
-        row = [f"{head.layer}.{head.head}", escape(str(head.mass)), f"{head.per_token:.2g}", f"{head.lift:.2f}"]
+        numbers = (f"{head.per_token:.2g}", f"{head.lift:.2f}")
+        row = [f"{head.layer}.{head.head}", escape(str(head.mass)), *(x.replace("nan", "–") for x in numbers)]
         if lost:
             row.append(_change(lost[head]) if head in lost else "–")
         made.add_row(*row)
@@ -221,9 +222,9 @@ def _lost_by_head(result: xr.Dataset, ranked: Sequence[RankedHead]) -> dict[Rank
     Estimate, low and high of the change of log p; empty where nothing was knocked out.
     """
     found = unnest(result, WITHOUT)
-    if found is None:
-        return {}
     reporting = result["episode"].values[result["half"].values == "report"]
+    if found is None or not len(reporting):
+        return {}
     summary = effects(found.sel(episode=reporting))["effect"].sel(measure="log_probability")
     labels = {head: head_knockout(head).label for head in ranked}
     known = summary["intervention"].values.tolist()
@@ -235,12 +236,12 @@ def _without(summary: xr.Dataset) -> Table:
     made = table(
         "Without, from the row that answers", ("hidden", "tokens", "log p", "beyond random tokens", "accuracy")
     )
-    groups = [label for label in summary["intervention"].values.tolist() if not HEADS.search(label)]
-    for label in groups:
-        own = summary.sel(intervention=label)
+    groups = _of_groups(summary)
+    for label in groups["intervention"].values.tolist():
+        own = groups.sel(intervention=label)
         log_p, correct = (own.sel(measure=measure) for measure in ("log_probability", "correct"))
         made.add_row(
-            escape(label.split(" →")[0]),
+            escape(label.replace(" → answer", "")),
             f"{float(own['n_hidden']):.3g}",
             _change(log_p["effect"].values.tolist()),
             _change(log_p["beyond"].sel(control="keys").values.tolist()),
@@ -249,6 +250,14 @@ def _without(summary: xr.Dataset) -> Table:
     return made
 
 
+def _of_groups(summary: xr.Dataset) -> xr.Dataset:
+    """Without what is hidden from single heads, whose effects stand beside their mass."""
+    labels = [label for label in summary["intervention"].values.tolist() if not HEADS.search(label)]
+    return summary.sel(intervention=labels)
+
+
 def _change(ends: Sequence[float]) -> str:
     estimate, low, high = ends
-    return f"{estimate:+.3f}" + escape(f" [{low:+.3f}, {high:+.3f}]") if estimate == estimate else "–"
+    if estimate != estimate:
+        return "–"
+    return f"{estimate:+.3f}" + (escape(f" [{low:+.3f}, {high:+.3f}]") if low == low else "")

@@ -42,8 +42,13 @@ def show(
     reporter.note(
         "Heads (layer.head) of each kind as half of the sequences and episodes ranks them; scores, what they go beyond "
         "their null (95 % interval, BCa) and p (family-wise over all heads, sign flips) are those of the other half. "
-        "Agreement: Spearman's correlation of the two halves over heads. Ablated together: they write their means in "
-        "the other half's episodes; random: as many other heads of the same layers."
+        "Agreement: Spearman's correlation of the two halves over heads."
+        + (
+            " Ablated together: in the reporting episodes they write their means over other episodes; beyond random: "
+            "minus as many other heads of the same layers, where there are as many."
+            if found is not None
+            else ""
+        )
     )
     if "no_images" in result.attrs:
         reporter.note(f"There are no image rows: {result.attrs['no_images']}.")

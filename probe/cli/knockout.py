@@ -70,6 +70,9 @@ class Removal:
             raise UsageError("--window is about whole layers; leave out --heads and --each-head.")
         if self.window is not None and self.window < 1:
             raise UsageError(f"--window must be 1 or more; got {self.window}.")
+        for option, text in (("--hide", self.hide), ("--rows", self.rows)):
+            if text is not None and not text.strip():
+                raise UsageError(f"{option} names nothing; leave it out, or name tokens such as demos/image.")
         if self.hide is not None and self.method != "knockout":
             raise UsageError(f"--hide belongs to --method knockout; leave it out with {self.method}.")
         if self.method in ("mean", "zero") and self.heads is None and not self.each_head:
@@ -83,7 +86,11 @@ class Removal:
         from probe.experiments.interventions import Intervention
 
         layers, heads = parse_layers(self.layers), parse_heads(self.heads)
-        hidden = [part.strip() for part in (self.hide or HIDDEN).split(",")] if self.method == "knockout" else [""]
+        hidden = (
+            [part.strip() for part in (HIDDEN if self.hide is None else self.hide).split(",")]
+            if self.method == "knockout"
+            else [""]
+        )
         in_order = list(range(n_layers)) if layers is None else sorted(set(layers))
         places: list[dict[str, tuple[int, ...] | tuple[tuple[int, int], ...] | None]]
         if self.window is not None:
@@ -97,7 +104,7 @@ class Removal:
         else:
             places = [{"layers": None if layers is None else tuple(in_order)}]
         return [
-            Intervention(self.method, keys, self.rows or "", **place)  # type: ignore[arg-type]
+            Intervention(self.method, keys, "" if self.rows is None else self.rows, **place)  # type: ignore[arg-type]
             for keys in hidden
             for place in places
         ]
@@ -208,7 +215,7 @@ def _compute(
 
     with reporter.step("loading the model"):
         model = load_model(source, located)
-        interventions = _places_there(model, removal)
+        interventions = _there(model, removal, episodes)
         for intervention in interventions:  # what the model does not have is refused before anything is written
             check_places(model, intervention)
     n = experiment.n_conditions(interventions, controls) * len(episodes)
@@ -229,9 +236,27 @@ def _compute(
     run.finish(result)
 
 
-def _places_there(model: Model, removal: Removal) -> list[Intervention]:
-    """What to take away from this model; layers that have no self-attention have no heads of their own."""
+def _there(model: Model, removal: Removal, episodes: Sequence[Episode]) -> list[Intervention]:
+    """What to take away from this model and these episodes.
+
+    Layers without self-attention have no heads of their own; of tokens, where nobody named any, those that are there.
+    """
     found = removal.interventions(model.n_layers, model.n_heads)
+    if removal.hide is None and removal.method == "knockout":
+        shots = any(episode.shots for episode in episodes)
+        images = {
+            "demos": any(x.images for episode in episodes for x in episode.demonstrations),
+            "query": any(episode.query.images for episode in episodes),
+        }
+        turns = {"demos": shots, "query": True}
+        found = [
+            each
+            for each in found
+            for owner, _, role in [each.keys.partition("/")]
+            if (images if role == "image" else turns)[owner]
+        ]
+        if not found:
+            raise UsageError("These episodes have neither demonstrations nor images to hide; name tokens with --hide.")
     if removal.each_head and removal.heads is None:
         there = set(model.choose_layers(None))
         found = [each for each in found if each.heads and each.heads[0][0] in there]

@@ -31,10 +31,18 @@ def show(reporter: Reporter, result: xr.Dataset, directory: Path, picture: Path,
     reporter.note(
         "Effect: with it taken away minus as it is, mean over episodes with a 95 % interval (of "
         "shares Newcombe's, else BCa). p: "
-        "family-wise over the rows, by sign flips of whole episodes. Beyond: the effect minus that of as many random "
-        f"tokens of the same turns, or random heads of the same layers, mean of {int(result.attrs['controls'])} draws. "
-        "Others may stand in for what is taken away: an effect is a lower bound of its use."
+        "family-wise over the rows, by sign flips of whole episodes. "
+        + (
+            "Beyond: the effect minus that of as many random tokens of the same turns, or random heads of the same "
+            f"layers, mean of {result.attrs['controls']} draws. "
+            if result.attrs["controls"]
+            else "No random control was drawn. "
+        )
+        + "Others may stand in for what is taken away: an effect is a lower bound of its use."
     )
+    idle = summary["intervention"].values[summary["n_defined"].values == 0].tolist()
+    if idle:
+        reporter.note(f"Undefined, for the rows cannot see these tokens there anyway: {'; '.join(idle)}.")
     reporter.ending(result, picture, directory)
 
 
@@ -54,7 +62,7 @@ def _table(summary: xr.Dataset, title: str) -> Table:
             escape(label),
             *((f"{hidden:g}" if hidden == round(hidden) else f"{hidden:.1f}",) if hides else ()),
             _cell(row["effect"]),
-            f"{float(row['p']):.4f}",
+            "–" if bool(row["p"].isnull()) else f"{float(row['p']):.4f}",
             *(
                 text
                 for name in controls
@@ -91,6 +99,7 @@ def as_json(summary: xr.Dataset) -> dict[str, Any]:
                 name: {part: ends(of[part].sel(control=name)) for part in ("of_control", "beyond")} for name in CONTROLS
             }
             measures[measure] = {"effect": ends(of["effect"]), "p": finite(float(of["p"])), "controls": controls}
-        rows.append({"taken_away": label, "n_hidden": float(own["n_hidden"]), **measures})
+        counts = {"n_hidden": float(own["n_hidden"]), "n_defined": int(own["n_defined"])}
+        rows.append({"taken_away": label, **counts, **measures})
     as_is = {measure: float(summary["as_is"].sel(measure=measure)) for measure in summary["measure"].values.tolist()}
     return {"as_is": as_is, "interventions": rows, "n": int(summary["n"])}

@@ -7,6 +7,7 @@ sure the model was, and which of a closed set of labels it would choose.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import numpy as np
@@ -92,10 +93,8 @@ def answering(
     for unit in units(model, episodes, batch_size):
 
         def compute(unit: Sequence[Episode] = unit) -> xr.Dataset:
-            try:
+            with within_memory(model, len(unit)):
                 return _answer(model, unit, probable, limit)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(model, len(unit)) from error
 
         # By content: a part of other episodes, or read otherwise, is never taken for this one.
         part = f"{name}{n:06d}-{probable}-{limit}-{content_key(unit)}"
@@ -221,11 +220,15 @@ def check_words(model: Model, episodes: Sequence[Episode]) -> tuple[int, int]:
     return unknown, words
 
 
-def out_of_memory(model: Model, n: int) -> ProbeError:
-    """What to say when a batch does not fit."""
-    return ProbeError(
-        f"A batch of {n} episodes does not fit into the memory of {model.device}; lower the batch size (--batch-size)."
-    )
+@contextmanager
+def within_memory(model: Model, n: int) -> Iterator[None]:
+    """Say in a sentence that a batch of ``n`` does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ProbeError(
+            f"A batch of {n} does not fit into the memory of {model.device}; lower the batch size (--batch-size)."
+        ) from error
 
 
 def facts(model: Model) -> dict[str, object]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import ProbeError, UsageError, did_you_mean
-from probe.experiments.answering import answer_limit, check_words, facts, out_of_memory
+from probe.experiments.answering import answer_limit, check_words, facts, within_memory
 from probe.experiments.attention_dataset import (
     Plan,
     Rows,
@@ -117,10 +117,8 @@ def attention_map(
         n_overlay = max(0, min(overlay_episodes - start, len(unit)))
 
         def compute(unit: Sequence[Episode] = unit, n_overlay: int = n_overlay) -> xr.Dataset:
-            try:
+            with within_memory(model, len(unit)):
                 return _measure(model, unit, plan, n_overlay, limit)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(model, len(unit)) from error
 
         done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
         if progress:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,20 +23,13 @@ from probe.data.images import open_images
 from probe.data.manifest import content_key
 from probe.data.perturb import perturb
 from probe.errors import UsageError
-from probe.experiments.answering import facts, out_of_memory, units
-from probe.experiments.interventions import mean_outputs
+from probe.experiments.answering import facts, units, within_memory
+from probe.experiments.interventions import HALVES, halves, means_of_other_half
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.store import Keep
 from probe.trace.ablate import ANSWER, mean_heads
 from probe.trace.likelihood import answer_log_probability
-
-HALVES = ("select", "report")
-
-
-def halves(n: int) -> NDArray[np.str_]:
-    """Every second of n episodes chooses, the others report."""
-    return np.where(np.arange(n) % 2 == 0, *HALVES)
 
 
 def head_effects(
@@ -86,16 +78,7 @@ def head_effects(
     permuted = perturb(episodes, "permuted-answers", seed=seed) if function_vectors else []
     heads = [(layer, head) for layer in model.choose_layers(None) for head in range(model.n_heads)]
     half = halves(len(episodes))
-    means = {
-        own: mean_outputs(
-            model,
-            (
-                _batch(model, unit)
-                for unit in units(model, [e for e, h in zip(episodes, half, strict=True) if h != own], batch_size)
-            ),
-        )
-        for own in HALVES
-    }
+    means = means_of_other_half(model, episodes, batch_size)
     columns: dict[str, NDArray[np.float64]] = {}
     done = 0
     readings = [("ablation", episodes, "all")]
@@ -115,10 +98,8 @@ def head_effects(
                         if progress:
                             progress(before + finished * len(unit))
 
-                    try:
+                    with within_memory(model, len(unit)):
                         values = _replace_each(model, unit, heads, means[own], rows, onward)
-                    except torch.OutOfMemoryError as error:
-                        raise out_of_memory(model, len(unit)) from error
                     return xr.Dataset({"log_probability": (("condition", "episode"), values)})
 
                 # The means are part of what is measured: they come from the episodes of the other half.

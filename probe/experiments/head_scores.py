@@ -8,12 +8,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.errors import UsageError
-from probe.experiments.answering import facts, units
+from probe.experiments.answering import facts, units, within_memory
 from probe.experiments.ov_copying import norm_gain
 from probe.experiments.repeats import plain_tokens
 from probe.measures.head_roles import label_logits, label_matching, learning, recognition
@@ -23,7 +24,7 @@ from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.models.sites import decoder_of
 from probe.models.token_map import ROLES
-from probe.scoring import exact_match
+from probe.scoring import answer_key, exact_match
 from probe.trace.read import LayerValues, read
 
 SCORES = ("label_matching", "task_recognition", "task_recognition_null", "task_learning", "visual", "visual_null")
@@ -70,7 +71,7 @@ def head_scores(
     if not episodes:
         raise UsageError("There are no episodes to read.")
     gain = norm_gain(decoder_of(model.module).norm)
-    unembedding = cast(Any, model.module).get_output_embeddings().weight.detach().float()
+    unembedding = cast(Any, model.module).get_output_embeddings().weight.detach()
     ordinary = np.array(plain_tokens(model))
     layers = model.choose_layers(None)
     parts: list[Tensor] = []
@@ -78,15 +79,12 @@ def head_scores(
     for unit in units(model, episodes, batch_size):
         encodings = [model.encode(episode, open_images(episode)) for episode in unit]
         batch = model.batch(encodings)
-        ids = [_label_tokens(model, episode, encoding) for episode, encoding in zip(unit, encodings, strict=True)]
-        drawn = [
-            np.random.default_rng((seed, number)).choice(ordinary, min(len(of), len(ordinary)), replace=False).tolist()
-            for number, of in enumerate(ids, start=n)
-        ]
-        labels, null = ([gain * unembedding[of] for of in tokens] for tokens in (ids, drawn))
-        reading = read(
-            model, batch, ("residual", "attention", "heads"), _reducer(model, batch, unit, labels, null), layers=layers
-        )
+        ids = [_label_tokens(episode, encoding) for episode, encoding in zip(unit, encodings, strict=True)]
+        drawn = [_random_tokens(ordinary, of, (seed, number)) for number, of in enumerate(ids, start=n)]
+        labels, null = ([gain * unembedding[of].float() for of in tokens] for tokens in (ids, drawn))
+        reduce = _reducer(model, batch, unit, labels, null)
+        with within_memory(model, len(unit)):
+            reading = read(model, batch, ("residual", "attention", "heads"), reduce, layers=layers)
         parts.append(torch.stack([reading.layers[layer]["scores"] for layer in layers], 1))
         n += len(unit)
         if progress:
@@ -104,15 +102,25 @@ def head_scores(
     )
 
 
-def _label_tokens(model: Model, episode: Episode, encoding: Encoding) -> list[int]:
-    """First tokens of the answer and of all other answers in context, each once; the right one comes first."""
+def _label_tokens(episode: Episode, encoding: Encoding) -> list[int]:
+    """First tokens of the answer and of every other answer in context; the right one comes first.
+
+    Two answers that begin alike give the same token twice.
+    """
     token_map = encoding.token_map
-    first = [int(encoding.ids[token_map.answer[0]])]
-    for place in range(episode.shots):
+    first = {answer_key(episode.query.answer): int(encoding.ids[token_map.answer[0]])}
+    for place, example in enumerate(episode.demonstrations):
         positions = token_map.where("answer", place)
         if len(positions):
-            first.append(int(encoding.ids[positions[0]]))
-    return list(dict.fromkeys(first))
+            first.setdefault(answer_key(example.answer), int(encoding.ids[positions[0]]))
+    return list(first.values())
+
+
+def _random_tokens(ordinary: NDArray[np.int64], labels: Sequence[int], seed: tuple[int, int]) -> list[int]:
+    """As many ordinary tokens that are none of the labels."""
+    others = np.setdiff1d(ordinary, labels)
+    drawn: list[int] = np.random.default_rng(seed).choice(others, min(len(set(labels)), len(others)), False).tolist()
+    return drawn
 
 
 def _reducer(
@@ -151,7 +159,7 @@ def _reducer(
         by_label = torch.stack([_by_label(z, w, of) for z, w, of in zip(*written, labels, strict=True)])
         random = torch.stack([_by_label(z, w, of)[:, 0] for z, w, of in zip(*written, null, strict=True)])
         columns = [
-            label_matching(attention, answers, right),
+            label_matching(attention, answers & seen, right & seen),
             by_label[..., 0],
             random,
             by_label[..., 1],
@@ -177,6 +185,6 @@ def _written(model: Model, layer: int, heads: Tensor, rows: Tensor) -> tuple[lis
 def _by_label(outputs: Tensor, projection: Tensor, labels: Tensor) -> Tensor:
     """Recognition and learning of every head, ``[head, 2]``; the first label is the right one."""
     logits = label_logits(outputs, projection, labels)
-    told_apart = len(labels) > 1
+    told_apart = len(labels) > 1 and len(labels.unique(dim=0)) == len(labels)
     learned = learning(logits, labels, 0) if told_apart else torch.full_like(logits[:, 0], float("nan"))
     return torch.stack([recognition(logits, labels), learned], -1)

@@ -32,9 +32,9 @@ import xarray as xr
 from probe.data.example import Episode
 from probe.errors import UsageError
 from probe.experiments.answering import check_words, facts
-from probe.experiments.head_effects import HALVES, halves, head_effects, n_readings
+from probe.experiments.head_effects import head_effects, n_readings
 from probe.experiments.head_scores import head_scores
-from probe.experiments.interventions import Intervention
+from probe.experiments.interventions import HALVES, Intervention, halves
 from probe.experiments.knockout import knockout, n_conditions
 from probe.experiments.ov_copying import ov_copying
 from probe.experiments.repeats import plain_tokens, repeated_images, repeated_tokens

@@ -5,7 +5,7 @@ method         what happens at ``rows``
 =============  =========================================================================================================
 ``knockout``   attention to ``keys`` is exactly zero, the rest is renormalised
 ``uniform``    heads attend alike to all that they can see
-``mean``       heads write their mean over the episodes, by kind of position
+``mean``       heads write their mean over the other half of the episodes, by kind of position
 ``zero``       heads write nothing
 =============  =========================================================================================================
 
@@ -15,7 +15,7 @@ Two controls, each drawn anew several times, say what taking away as much at ran
 drawn for each episode from the turns that the meant ones belong to, whatever they are there (all demonstrations, or the
 query); from the whole prompt if these turns are what is meant. The sink and the row that answers are never drawn. Some
 of the meant keys are drawn too, so the control is the stricter the larger their share. *Heads*: as many heads of the
-same layers that are not meant; where there are too few others, the meant ones fill up.
+same layers that are not meant; none where a layer has too few others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probe.data.example import Episode
 from probe.errors import UsageError, did_you_mean
+from probe.experiments.answering import units, within_memory
 from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.models.sites import Axis
@@ -39,13 +41,14 @@ from probe.trace.ablate import (
     ANSWER,
     N_KINDS,
     Keys,
+    count_hidden,
     hide_keys,
     kinds,
     mean_heads,
     parse_rows,
     uniform_attention,
 )
-from probe.trace.edit import Edit
+from probe.trace.edit import Context, Edit
 from probe.trace.read import LayerValues, read
 
 Method = Literal["knockout", "uniform", "mean", "zero"]
@@ -197,6 +200,45 @@ def n_hidden(intervention: Intervention, encoding: Encoding) -> int:
     return int(meant.of(encoding.token_map)[: encoding.n_prompt].sum()) + images
 
 
+def count_hidden_keys(model: Model, batch: Batch, interventions: Sequence[Intervention]) -> NDArray[np.int64]:
+    """How many keys each intervention takes from a row that can see them, ``[intervention, episode]``.
+
+    Of several rows and layers, those that lose most; keys on the axes of text and of images together. It is 0 where
+    keys cannot be seen anyway: in cross-attention, later text sees no earlier image; in layers with a window, nothing
+    that is far. For interventions without keys it is 0.
+    """
+    hiding = [number for number, each in enumerate(interventions) if each.keys]
+    found = np.zeros((len(interventions), len(batch)), dtype=np.int64)
+    if not hiding:
+        return found
+
+    def reduce(values: LayerValues) -> Mapping[str, Tensor]:
+        at = values.attention
+        assert at is not None  # asked for
+        context = Context(batch, values.layer, at)
+        nothing = torch.zeros(len(batch), dtype=torch.int64, device=at.q.device)
+        counts = [
+            count_hidden(context, interventions[number].keys, interventions[number].at)
+            if _acts(interventions[number], values.layer, at.axis)
+            else nothing
+            for number in hiding
+        ]
+        return {"n": torch.stack(counts)}
+
+    reading = read(model, batch, ("attention",), reduce)
+    for by_layer in (reading.layers, reading.cross):
+        if by_layer:
+            found[hiding] += torch.stack([values["n"] for values in by_layer.values()]).amax(0).numpy()
+    return found
+
+
+def _acts(intervention: Intervention, layer: int, axis: Axis) -> bool:
+    """Whether an intervention changes an attention."""
+    if intervention.heads is not None:
+        return axis == "text" and layer in {place for place, _ in intervention.heads}
+    return intervention.layers is None or layer in intervention.layers
+
+
 def random_keys(intervention: Intervention, draw: int, seed: int) -> Callable[[Axis], Keys]:
     """As many keys as a knockout hides, at random for each episode; the same whatever the batch.
 
@@ -245,7 +287,7 @@ def _drawn_from(token_map: TokenMap, target: NDArray[np.bool_], end: int) -> NDA
 
 
 def random_heads(model: Model, intervention: Intervention, draw: int, seed: int) -> Intervention | None:
-    """The same with as many other heads of the same layers; ``None`` where these layers have no other head.
+    """The same with as many other heads of the same layers; ``None`` where one of these has too few others.
 
     Parameters
     ----------
@@ -261,14 +303,13 @@ def random_heads(model: Model, intervention: Intervention, draw: int, seed: int)
     assert intervention.heads is not None  # only those have this control
     rng = np.random.default_rng((seed, draw, 7))
     drawn: list[Head] = []
-    others_at_all = 0
     for layer in sorted({layer for layer, _ in intervention.heads}):
         meant = [head for at, head in intervention.heads if at == layer]
         others = [head for head in range(model.n_heads) if head not in meant]
-        others_at_all += len(others)
-        order = [*rng.permutation(others).tolist(), *rng.permutation(meant).tolist()]
-        drawn += [(layer, int(head)) for head in order[: len(meant)]]
-    return replace(intervention, heads=tuple(sorted(drawn))) if others_at_all else None
+        if len(others) < len(meant):
+            return None
+        drawn += [(layer, int(head)) for head in rng.choice(others, len(meant), replace=False)]
+    return replace(intervention, heads=tuple(sorted(drawn)))
 
 
 def mean_outputs(model: Model, batches: Iterable[Batch]) -> Tensor:
@@ -284,7 +325,7 @@ def mean_outputs(model: Model, batches: Iterable[Batch]) -> Tensor:
     Returns
     -------
     Tensor
-        ``[layer, head, kind, head_dim]``, float32 on the CPU; zero for kinds that no episode has.
+        ``[layer, head, kind, head_dim]``, float32 on the CPU; NaN for kinds that no episode has.
     """
     total = torch.zeros(model.n_layers, model.n_heads, N_KINDS, model.head_dim, dtype=torch.float64)
     count = torch.zeros(N_KINDS, dtype=torch.float64)
@@ -302,4 +343,31 @@ def mean_outputs(model: Model, batches: Iterable[Batch]) -> Tensor:
         reading = read(model, batch, ("heads",), reduce)
         for layer, values in reading.layers.items():
             total[layer] += values["sum"]
-    return (total / count.clamp(min=1)[:, None]).float()
+    return (total / count[:, None]).float()
+
+
+HALVES = ("select", "report")
+
+
+def halves(n: int) -> NDArray[np.str_]:
+    """Every second of n episodes chooses, the others report."""
+    return np.where(np.arange(n) % 2 == 0, *HALVES)
+
+
+def means_of_other_half(model: Model, episodes: Sequence[Episode], batch_size: int) -> dict[str, Tensor]:
+    """For each half of the episodes, what heads write on average in the other one (:func:`mean_outputs`).
+
+    Raises
+    ------
+    UsageError
+        If there is one episode only.
+    """
+    if len(episodes) < 2:
+        raise UsageError("Means come from the other half of the episodes: two episodes or more are needed.")
+    found = {}
+    for own in HALVES:
+        others = [e for e, half in zip(episodes, halves(len(episodes)), strict=True) if half != own]
+        with within_memory(model, batch_size):
+            batches = (model.batch([model.encode(e) for e in unit]) for unit in units(model, others, batch_size))
+            found[own] = mean_outputs(model, batches)
+    return found

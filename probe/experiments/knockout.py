@@ -12,19 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import xarray as xr
+from torch import Tensor
 
 from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.data.manifest import content_key
 from probe.errors import UsageError
-from probe.experiments.answering import answer_limit, check_words, facts, out_of_memory, units
+from probe.experiments.answering import answer_limit, check_words, facts, units, within_memory
 from probe.experiments.interventions import (
     Intervention,
     check_places,
+    count_hidden_keys,
     edits_of,
-    mean_outputs,
+    halves,
+    means_of_other_half,
     n_hidden,
     random_heads,
     random_keys,
@@ -94,8 +96,10 @@ def knockout(
     xarray.Dataset
         Over (condition, episode): ``log_probability`` (nats, of the gold answer's tokens together), ``correct``,
         ``copied`` (the answer is a demonstration's) and ``prediction``; over (intervention, episode): ``n_hidden``, the
-        keys that are hidden. Coordinates on ``condition``: ``of`` (index of the intervention, -1: nothing was taken
-        away), ``control`` (empty, ``keys`` or ``heads``), ``draw``; on ``intervention``: its label, ``method``.
+        keys that are taken from a row that can see them. Coordinates on ``condition``: ``of`` (index of the
+        intervention, -1: nothing was taken away), ``control`` (empty, ``keys`` or ``heads``), ``draw``; on
+        ``intervention``: its label, ``method``. Where a knockout hides nothing that its rows can see, it and its
+        controls are NaN.
 
     Raises
     ------
@@ -110,34 +114,32 @@ def knockout(
     limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
     if any(intervention.keys for intervention in interventions):
         _check_keys(model, episodes, interventions)
-    groups = list(units(model, episodes, batch_size))
-    means = None
-    if any(intervention.method == "mean" for intervention in interventions):
-        means = mean_outputs(model, (model.batch(_encode(model, unit)) for unit in groups))
-    conditions = _conditions(model, interventions, controls, seed, means)
-    # Means come from all episodes, so they are part of what a batch's numbers rest on.
-    whole = content_key(episodes) if means is not None else ""
+    parts = _parts(model, episodes, interventions, controls, seed, batch_size)
+    # Means come from other episodes, so all are part of what a batch's numbers rest on.
+    whole = content_key(episodes) if len(parts) > 1 else ""
     plan = key({"plan": [controls, seed, limit if answers else 0, whole], "of": [repr(i) for i in interventions]})
     done: list[xr.Dataset] = []
     n = 0
-    for unit in groups:
+    for some, conditions in parts:
+        for unit in units(model, some, batch_size):
 
-        def compute(unit: Sequence[Episode] = unit, before: int = n) -> xr.Dataset:
-            def onward(finished: int) -> None:
-                if progress:
-                    progress((before * len(conditions)) + finished * len(unit))
+            def compute(
+                unit: Sequence[Episode] = unit, conditions: Sequence[Condition] = conditions, before: int = n
+            ) -> xr.Dataset:
+                def onward(finished: int) -> None:
+                    if progress:
+                        progress((before * len(conditions)) + finished * len(unit))
 
-            try:
-                return _measure(model, unit, interventions, conditions, limit if answers else 0, onward)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(model, len(unit)) from error
+                with within_memory(model, len(unit)):
+                    return _measure(model, unit, interventions, conditions, limit if answers else 0, onward)
 
-        part = f"{n:06d}-{plan}-{content_key(unit)}"
-        done.append(keep(part, compute) if keep else compute())
-        n += len(unit)
-        if progress:
-            progress(n * len(conditions))
+            part = f"{n:06d}-{plan}-{content_key(unit)}"
+            done.append(keep(part, compute) if keep else compute())
+            n += len(unit)
+            if progress:
+                progress(n * len(conditions))
     result = xr.concat(done, "episode", data_vars="minimal", coords="minimal", compat="equals", join="exact")
+    result = result.sel(episode=[episode.id for episode in episodes])
     result["log_probability"].attrs["units"] = "nats"
     result.attrs = {
         **facts(model),
@@ -184,9 +186,30 @@ def _check_keys(model: Model, episodes: Sequence[Episode], interventions: Sequen
     for intervention in interventions:
         if intervention.keys and not any(n_hidden(intervention, encoding) for encoding in encodings):
             raise UsageError(
-                f"No episode has tokens {intervention.keys!r} before its answer, so that hiding them would change "
-                f"nothing (shots: {', '.join(map(str, sorted({len(layout) - 1 for layout in kinds})))})."
+                f"No episode has tokens {intervention.keys!r} before its answer: hiding them would change nothing, so "
+                f"leave them out (shots: {', '.join(map(str, sorted({len(layout) - 1 for layout in kinds})))})."
             )
+
+
+def _parts(
+    model: Model,
+    episodes: Sequence[Episode],
+    interventions: Sequence[Intervention],
+    controls: int,
+    seed: int,
+    batch_size: int,
+) -> list[tuple[Sequence[Episode], list[Condition]]]:
+    """Episodes with their conditions: all alike, or by halves where heads write the mean of the other half."""
+    if not any(intervention.method == "mean" for intervention in interventions):
+        return [(episodes, _conditions(model, interventions, controls, seed, None))]
+    means, half = means_of_other_half(model, episodes, batch_size), halves(len(episodes))
+    return [
+        (
+            [episode for episode, own in zip(episodes, half, strict=True) if own == name],
+            _conditions(model, interventions, controls, seed, mean),
+        )
+        for name, mean in means.items()
+    ]
 
 
 def _encode(model: Model, episodes: Sequence[Episode]) -> list[Encoding]:
@@ -198,7 +221,7 @@ def _conditions(
     interventions: Sequence[Intervention],
     controls: int,
     seed: int,
-    means: torch.Tensor | None,
+    means: Tensor | None,
 ) -> list[Condition]:
     """The episodes as they are, then each intervention with its controls."""
     found = [Condition(-1, "", 0, [])]
@@ -234,18 +257,21 @@ def _measure(
             said = generate(model, prompts, max_new_tokens=max_new_tokens, edits=condition.edits)
             predictions.append([cut_answer(text) for text in said])
         onward(number + 1)
-    hidden = [[n_hidden(intervention, encoding) for encoding in encodings] for intervention in interventions]
+    hidden = count_hidden_keys(model, batch, interventions)
+    # What hides nothing that can be seen has no effect to measure, not one of 0.
+    idle = np.array([c.number >= 0 and bool(interventions[c.number].keys) for c in conditions])
+    undefined = idle[:, None] & (hidden[[max(0, c.number) for c in conditions]] == 0)
     dims = ("condition", "episode")
     values: dict[str, tuple[tuple[str, ...], object]] = {
-        "log_probability": (dims, np.stack(log_probability)),
-        "n_hidden": (("intervention", "episode"), np.array(hidden)),
+        "log_probability": (dims, np.where(undefined, np.nan, np.stack(log_probability))),
+        "n_hidden": (("intervention", "episode"), hidden),
     }
     if prompts is not None:
         shown = [[example.answer for example in episode.demonstrations] for episode in episodes]
 
         def judge(accepted: Sequence[Sequence[str]]) -> np.ndarray:
             rows = [[exact_match(y, a) for y, a in zip(row, accepted, strict=True)] for row in predictions]
-            return np.array(rows, dtype=np.float64)
+            return np.where(undefined, np.nan, np.array(rows, dtype=np.float64))
 
         values |= {
             "correct": (dims, judge([episode.query.answers for episode in episodes])),

@@ -18,7 +18,7 @@ from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError, did_you_mean
-from probe.experiments.answering import out_of_memory, units
+from probe.experiments.answering import units, within_memory
 from probe.models.encoding import Encoding
 from probe.models.model import Model
 from probe.segments import QUERY
@@ -147,10 +147,8 @@ def read_all(
     for unit in units(model, episodes, batch_size):
 
         def compute(unit: Sequence[Episode] = unit) -> xr.Dataset:
-            try:
+            with within_memory(model, len(unit)):
                 found = read_vectors(model, unit, positions, layers)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(model, len(unit)) from error
             return xr.Dataset({"vector": (("episode", "layer", "position", "width"), found)})
 
         # By content: a part of other episodes, or read otherwise, is never taken for this one.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from probe.data.example import Episode, Example
 from probe.errors import UsageError
-from probe.experiments.answering import facts, out_of_memory
+from probe.experiments.answering import facts, within_memory
 from probe.measures.head_patterns import PATTERNS, attention_to, batch_rows, mean_over_rows, repeat_keys
 from probe.measures.mass import row_attention, row_visibility
 from probe.models.encoding import Encoding
@@ -248,11 +248,9 @@ def _score(
     for start in range(0, n, batch_size):
         stop = min(start + batch_size, n)
         both = zip(*(draw(np.random.default_rng((seed, number))) for number in range(start, stop)), strict=True)
-        try:
+        with within_memory(model, stop - start):
             for kept, unit in zip(parts, both, strict=True):
                 kept.append(read_repeats(model, unit))
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(model, stop - start) from error
         if progress:
             progress(stop)
     plain, shuffled = (torch.cat([part["score"] for part in kept]).unbind(-1) for kept in parts)

@@ -23,7 +23,7 @@ from probe.data.example import Episode
 from probe.data.images import open_images
 from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError
-from probe.experiments.answering import check_words, facts, out_of_memory
+from probe.experiments.answering import check_words, facts, within_memory
 from probe.experiments.attention_map import RESIDUAL_BOUND
 from probe.measures.mass import residual, row_attention, row_visibility
 from probe.measures.saliency import DEMONSTRATION_FLOWS, FLOWS, Groups, flows, saliency_matrix
@@ -99,10 +99,8 @@ def saliency(
         unit = episodes[start : start + batch_size]
 
         def compute(unit: Sequence[Episode] = unit) -> xr.Dataset:
-            try:
+            with within_memory(model, len(unit)):
                 return _measure(model, unit, chosen, most)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(model, len(unit)) from error
 
         # By content: a part of other episodes, or read otherwise, is never taken for this one.
         part = f"{start:06d}-{key({'layers': chosen, 'demonstrations': most})[:8]}-{content_key(unit)}"

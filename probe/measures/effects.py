@@ -2,7 +2,8 @@
 
 An effect is the mean over episodes of a paired difference: with something taken away minus as it is. ``beyond`` is the
 same minus the control's, which is averaged over its draws first. ``end`` holds ``estimate``, ``low`` and ``high`` of a
-95 % interval over episodes: Newcombe's for the change of a share, else BCa bootstrap.
+95 % interval over episodes: Newcombe's for the effect on a share, else BCa bootstrap, which has no ends where all
+differences are alike. Episodes in which nothing could be hidden count for nothing.
 
 =================== ================================================================================================
 measure             of what
@@ -42,7 +43,8 @@ def effects(result: xr.Dataset) -> xr.Dataset:
         ``as_is`` (measure), means without any intervention; ``effect`` (measure, intervention, end); ``of_control`` and
         ``beyond`` (measure, control, intervention, end), NaN where an intervention has no such control; ``p``
         (measure, intervention): that an effect is 0, :func:`~probe.stats.family_wise` over the interventions;
-        ``n_hidden`` (intervention), keys on average; ``n``, episodes.
+        ``n_hidden`` (intervention), keys on average; ``n``, episodes; ``n_defined`` (intervention), those in which it
+        took something away.
     """
     measures = [name for name in MEASURES if name in result]
     labels = result["intervention"].values
@@ -57,6 +59,7 @@ def effects(result: xr.Dataset) -> xr.Dataset:
             "p": (("measure", "intervention"), variables["p"]),
             "n_hidden": ("intervention", result["n_hidden"].mean("episode").values),
             "n": result.sizes["episode"],
+            "n_defined": ("intervention", _defined(result)),
         },
         coords={
             "measure": measures,
@@ -67,6 +70,12 @@ def effects(result: xr.Dataset) -> xr.Dataset:
         },
         attrs=result.attrs,
     )
+
+
+def _defined(result: xr.Dataset) -> list[int]:
+    own = result["log_probability"][result["control"].values == ""]
+    of = own["of"].values
+    return [int(own[of == number].notnull().sum()) for number in range(result.sizes["intervention"])]
 
 
 def nest(result: xr.Dataset, prefix: str) -> xr.Dataset:
@@ -110,19 +119,25 @@ def episode_effects(result: xr.Dataset, measure: str) -> tuple[NDArray[np.float6
 
 def _of_measure(result: xr.Dataset, measure: str) -> dict[str, NDArray[np.float64]]:
     own, controls = episode_effects(result, measure)
-    n = own.shape[1]
     as_is = result[measure].values[result["of"].values == -1][0]
     return {
         "as_is": as_is.mean(),
         "effect": _intervals(own)
         if measure == "log_probability"
-        else np.array([paired_difference(np.rint(as_is + row), as_is).ends for row in own]),
+        else np.array([_paired(as_is + row, as_is) for row in own]),
         "of_control": np.array([_intervals(controls[kind]) for kind in CONTROLS]),
         "beyond": np.array([_intervals(own - controls[kind]) for kind in CONTROLS]),
-        "p": family_wise(own) if n > 1 else np.full(len(own), np.nan),
+        "p": family_wise(own),
     }
 
 
+def _paired(after: NDArray[np.float64], before: NDArray[np.float64]) -> list[float]:
+    """The change of a share, where it is defined."""
+    known = ~np.isnan(after)
+    return paired_difference(np.rint(after[known]), before[known]).ends if known.any() else [np.nan] * 3
+
+
 def _intervals(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``[row, end]``; NaN where a row is."""
-    return np.array([mean_interval(row).ends if not np.isnan(row).any() else [np.nan] * 3 for row in rows])
+    """``[row, end]``, undefined episodes left out; no ends where all are alike, since few cannot show that all are."""
+    found = [mean_interval(row) for row in rows]
+    return np.array([[x.estimate, *([np.nan] * 2 if x.method == "all equal" else x.ends[1:])] for x in found])

@@ -181,13 +181,7 @@ def _cell(result: xr.Dataset, kind: Kind) -> dict[str, NDArray[np.float64]]:
         return found
     flat = own.reshape(len(own), -1).T
     found["beyond"] = np.array([mean_interval(row, resamples=1000).ends for row in flat]).reshape(*shape, 3)
-    # An episode in which a score is undefined says nothing about any head.
-    complete = flat[:, ~np.isnan(flat).all(0)]
-    usable = ~np.isnan(complete).any(1)
-    p = np.full(len(flat), np.nan)
-    if complete.shape[1] > 1 and usable.any():
-        p[usable] = family_wise(complete[usable])
-    found["p"] = p.reshape(shape)
+    found["p"] = family_wise(flat).reshape(shape)
     return found
 
 

@@ -163,8 +163,11 @@ class Selection:
 
     def of(self, token_map: TokenMap) -> NDArray[np.bool_]:
         """``[n]``, which positions of an episode are meant."""
-        pairs = zip(token_map.role.tolist(), token_map.demonstration.tolist(), strict=True)
-        return np.array([role != PADDING and self.holds(ROLES[role], owner) for role, owner in pairs], dtype=bool)
+        meant = np.zeros(len(token_map), dtype=bool)
+        for owner, roles in self.parts:
+            owned = token_map.demonstration >= 0 if owner is None else token_map.demonstration == owner
+            meant |= owned & np.isin(token_map.role, [ROLES.index(role) for role in roles])
+        return meant
 
 
 def parse_selection(name: str) -> Selection:

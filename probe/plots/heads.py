@@ -174,7 +174,7 @@ def plot_head_likeness(result: xr.Dataset) -> go.Figure:
         "Which kinds of heads are the same heads",
         [
             "Spearman's correlation over heads of what two kinds go beyond their null.",
-            f"The same between the two halves of one kind, which bounds it: {', '.join(reliable)}.",
+            f"The same between the two halves of one kind: {', '.join(reliable)}.",
         ],
         body=34 * len(kinds),
         width=900,

@@ -60,7 +60,9 @@ def plot_text_or_image(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
             if left is not None and name != "contribution":
                 rest = (group_mass if name == "mass" else group_lift)(left, row=row).sel(group=group)
                 _line(figure, layers, rest.mean(("episode", "head")).values, group, column, dash="dash")
-    _knockouts(figure, unnest(result, WITHOUT))
+    knocked = unnest(result, WITHOUT)
+    _knockouts(figure, knocked)
+    where = _where(knocked)
     for column, name in enumerate(PANELS, start=1):
         style.heading(figure, name, row=1, col=column)
     shown = "Dashed: without attention sinks." if left is not None else "No attention sinks were found."
@@ -71,8 +73,8 @@ def plot_text_or_image(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
         [
             f"Row “{row}”. Points are heads, means over episodes; lines are means over heads. {shown}",
             "Contribution: the norms of what a head writes because of each demonstration's part, added up. Loss of log "
-            "p in nats with 95 % intervals (BCa) when the row cannot see the tokens in any layer; squares: as many "
-            "random tokens of the demonstrations.",
+            f"p in nats with 95 % intervals (BCa) when the row cannot see the tokens{where}; squares: as many random "
+            "tokens of the demonstrations.",
         ],
         body=HEIGHT,
         extra=58,
@@ -88,6 +90,13 @@ def plot_text_or_image(result: xr.Dataset, *, row: str = "answer") -> go.Figure:
     figure.update_yaxes(rangemode="tozero", col=3)
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.13, "yanchor": "bottom"})
     return figure
+
+
+def _where(knocked: xr.Dataset | None) -> str:
+    """In which layers tokens are hidden, in words."""
+    labels = [] if knocked is None else knocked["intervention"].values.tolist()
+    windows = [label.split(", ", 1)[1] for label in labels if ", layer" in label]
+    return f" in {windows[0]}" if windows else " in any layer"
 
 
 def _heads(figure: go.Figure, layers: np.ndarray, by_head: xr.DataArray, group: str, column: int) -> None:
@@ -154,7 +163,7 @@ def _knockouts(figure: go.Figure, knocked: xr.Dataset | None) -> None:
                 [place + aside],
                 lost[None],
                 [int(found["n"])],
-                ["in all layers"],
+                [label],
                 what=what,
                 quantity="log p lost",
                 colour=colour,

@@ -9,7 +9,7 @@
 
 Rows and keys are named as in :func:`~probe.models.token_map.parse_selection`; ``answer`` as rows are the positions that
 predict the query's answer: the last of the prompt, and those of the answer but its last. While the model generates,
-every new position is such a row, and as a key it belongs to ``query/answer``.
+every new position is such a row. Only keys of the prompt are hidden: an answer always sees what it has said.
 
 The heads' outputs of these rows are computed again from the model's own q, k, v and mask, with a mask that hides the
 keys: softmax over what is left, in the type of the weights, as the kernel does it. A row that loses no key that it can
@@ -87,6 +87,16 @@ def hide_keys(
     return [Edit("heads", layer, fn, axis) for layer in layers]
 
 
+def count_hidden(context: Context, keys: Keys, rows: str = ANSWER) -> Tensor:
+    """How many keys a knockout takes from a row of each episode in one attention call, ``[batch]``.
+
+    Only keys that the row can see count; of several rows, the one that loses most.
+    """
+    blocked = _blocked(parse_selection(keys) if isinstance(keys, str) else keys, context)[:, None]
+    changed, _, visible = _rows(parse_rows(rows), context)
+    return ((visible & blocked).sum(-1) * changed).amax(-1)
+
+
 def uniform_attention(
     layers: Sequence[int], rows: str = ANSWER, heads: Sequence[int] | None = None, axis: Axis = "text"
 ) -> list[Edit]:
@@ -142,6 +152,11 @@ def mean_heads(means: Mapping[tuple[int, int], Tensor], rows: str = "all") -> li
             new = value.new_zeros(len(value), value.shape[2], positions.shape[1], value.shape[3])
             for head, mean in own.items():
                 new[:, head] = mean.to(value)[kind]
+            if bool((changed[:, None] & new[:, list(own)].isnan().any(-1)).any()):
+                raise UsageError(
+                    "There is no mean of what heads write at some kind of position: the episodes that it was taken "
+                    "from have none like it. Take episodes that are built alike."
+                )
             return _put(value, new, positions, changed, list(own), context)
 
         return Edit("heads", layer, fn)
@@ -182,15 +197,13 @@ def _blocked(hidden: Selection | Callable[[Encoding], NDArray[np.bool_]], contex
     batch, at = context.batch, context.attention
     width = at.k.shape[2]
     in_text = at.axis == "text"
-    found = torch.zeros(len(batch), max(width, batch.length + context.step) if in_text else width, dtype=torch.bool)
+    found = torch.zeros(len(batch), batch.length + context.step if in_text else width, dtype=torch.bool)
     for row, encoding, pad in zip(found, batch.encodings, batch.pads, strict=True):
         token_map = encoding.token_map if in_text else encoding.vision_map
         assert token_map is not None  # cross-attention runs only in families that map its axis
         meant = hidden.of(token_map) if isinstance(hidden, Selection) else hidden(encoding)
         if in_text:
-            row[pad : batch.length] = torch.from_numpy(meant)[: batch.length - pad]
-            if isinstance(hidden, Selection):
-                row[batch.length :] = hidden.holds("answer", QUERY)
+            row[pad : pad + encoding.n_prompt] = torch.from_numpy(meant)[: encoding.n_prompt]
         else:
             row[: len(meant)] = torch.from_numpy(meant)
     return found[:, -width:].to(at.k.device)  # a layer with a window keeps the last keys
