@@ -11,7 +11,7 @@ import numpy as np
 from rich.markup import escape
 
 from probe.cli.knockout_report import as_json as effects_as_json
-from probe.cli.report import Reporter, finite, table, wrap_labels
+from probe.cli.report import Reporter, finite, table
 from probe.measures.effects import effects
 from probe.measures.head_summary import of_found, summarise_heads
 from probe.store import write_text
@@ -86,10 +86,8 @@ def _head(cell: xr.Dataset) -> tuple[str, str, str, str]:
 
 def _together(summary: xr.Dataset) -> Table:
     """What ablating the heads of a kind costs, beside random heads."""
-    made = table("Ablated together", ("kind", "heads", "log p", "beyond random", "accuracy", "beyond random"))
-    labels = summary["intervention"].values.tolist()
-    wrap_labels(made, [label.rsplit(": ", 1)[0] for label in labels])
-    for label in labels:
+    made = table("Ablated together", ("kind", "heads", "log p", "beyond\nrandom", "accuracy", "beyond\nrandom"))
+    for label in summary["intervention"].values.tolist():
         kind, heads = label.rsplit(": ", 1)
         own = summary.sel(intervention=label)
         cells = []
@@ -98,7 +96,7 @@ def _together(summary: xr.Dataset) -> Table:
             cells.append(f"{float(of['effect'].sel(end='estimate')):+.3f}")
             estimate, low, high = of["beyond"].sel(control="heads").values.tolist()
             cells.append("–" if estimate != estimate else f"{estimate:+.3f}" + escape(f" [{low:+.2f}, {high:+.2f}]"))
-        made.add_row(escape(kind), heads, *cells)
+        made.add_row(escape(kind.replace(", ", ",\n")), heads, *cells)
     return made
 
 

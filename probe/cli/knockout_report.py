@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from probe.cli.report import Reporter, finite, table, wrap_labels
+from probe.cli.report import Reporter, finite, table
 from probe.measures.effects import CONTROLS, effects
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TITLES = {"log_probability": "Log p of the gold answer (nats)", "correct": "Accuracy", "copied": "Copy rate"}
-CONTROL_WORDS = {"keys": "random tokens", "heads": "random heads"}
+CONTROL_WORDS = {"keys": "random\ntokens", "heads": "random\nheads"}
 
 
 def show(reporter: Reporter, result: xr.Dataset, directory: Path, picture: Path, *, reused: bool) -> None:
@@ -53,13 +53,11 @@ def _table(summary: xr.Dataset, title: str) -> Table:
     heading = f"{title}: {float(summary['as_is']):.3f} as it is"
     hides = bool((summary["n_hidden"] > 0).any())
     made = table(heading, ("taken away", *(("tokens",) if hides else ()), "effect", "p", *words))
-    labels = summary["intervention"].values.tolist()
-    wrap_labels(made, labels)
-    for label in labels:
+    for label in summary["intervention"].values.tolist():
         row = summary.sel(intervention=label)
         hidden = float(row["n_hidden"])
         made.add_row(
-            escape(label),
+            escape(label.replace(" → ", "\n→ ").replace(", ", ",\n", 1)),
             *((f"{hidden:g}" if hidden == round(hidden) else f"{hidden:.1f}",) if hides else ()),
             _cell(row["effect"]),
             "–" if bool(row["p"].isnull()) else f"{float(row['p']):.4f}",

@@ -96,12 +96,6 @@ def table(title: str, columns: Sequence[str]) -> Table:
     return made
 
 
-def wrap_labels(made: Table, labels: Sequence[str]) -> None:
-    """Let the first column break between words, and nowhere else."""
-    made.columns[0].no_wrap = False
-    made.columns[0].min_width = max((len(word) for label in labels for word in label.split()), default=0)
-
-
 def finite(value: float) -> float | None:
     """For JSON, which knows no NaN."""
     return value if value == value else None
