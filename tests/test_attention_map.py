@@ -233,7 +233,11 @@ def test_parts_are_reused():
 
     first = attention_map(model, EPISODES, batch_size=2, keep=keep, overlay_episodes=3)
     again = attention_map(model, EPISODES, batch_size=2, keep=keep, overlay_episodes=3)
-    assert computed == ["000000-000002", "000002-000004"]
+    assert [name[:6] for name in computed] == ["000000", "000002"]
+    others = attention_map(model, EPISODES[::-1], batch_size=2, keep=keep, overlay_episodes=3)
+    assert len(computed) == 4 and others["episode"].values.tolist() == [episode.id for episode in EPISODES[::-1]]
+    attention_map(model, EPISODES, batch_size=2, keep=keep, overlay_episodes=3, layers=[1])
+    assert len(computed) == 6  # read otherwise
     xr.testing.assert_identical(first, again)
     xr.testing.assert_allclose(first, attention_map(model, EPISODES, overlay_episodes=3), atol=TOLERANCE)
 

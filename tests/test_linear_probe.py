@@ -11,12 +11,11 @@ import pytest
 import torch
 import xarray as xr
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 import probe
 from probe.cli.linear_probe import linear_probe as command
-from probe.data.example import Episode
+from probe.data.example import Episode, Example
 from probe.data.scenes import VALUES
 from probe.errors import UsageError
 from probe.experiments import probe_targets
@@ -37,7 +36,7 @@ from probe.measures.probe_summary import peaks, selectivity, summarise_probes
 from probe.models.load import load
 from probe.plots.linear_probe import plot_linear_probe
 from probe.segments import QUERY
-from tests.tiny_qwen import make_episode, make_module, make_processor
+from tests.tiny_qwen import make_episode, make_module, make_processor, picture
 
 COLOURS = ("red", "green", "blue", "pink")
 
@@ -77,7 +76,7 @@ def test_p_values_of_nothing_are_uniform() -> None:
     each = np.array([test.p for test in found])
     family = np.array([test.p_family.min() for test in found])
     for level in (0.1, 0.25, 0.5):
-        assert abs((each <= level).mean() - level) < 0.08
+        assert -0.12 < (each <= level).mean() - level < 0.08  # ties of few episodes make p larger
         assert (family <= level).mean() < level + 0.07  # 2.5 standard errors
     assert (each.min(1) <= 0.1).mean() > 0.12  # which the search over sites would have claimed
 
@@ -93,7 +92,7 @@ def test_folds_keep_groups_together(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not set(groups[train]) & set(groups[test])
         assert len(train) + len(test) == 120
     assert decode(features, labels, groups.tolist()).mean() < 0.65
-    assert decode(features, labels, list(range(120))).mean() > 0.95
+    assert decode(features, labels, list(range(120))).mean() > 0.9
     assert permutation_test(features, labels, groups.tolist(), permutations=99).p[0] > 0.05
 
 
@@ -105,7 +104,7 @@ def test_probes_equal_a_plain_loop_over_scikit_learn() -> None:
     y = np.array(labels)
     for site in range(2):
         by_ridge = np.zeros(90)
-        for train, test in GroupKFold(4).split(y, groups=groups):
+        for train, test in grouped_folds(groups, 4):
             scaler = StandardScaler().fit(features[site][train].astype(float))
             fitted, judged = (scaler.transform(features[site][places].astype(float)) for places in (train, test))
             said = LogisticRegression(max_iter=2000).fit(fitted, y[train]).predict(judged)
@@ -414,3 +413,26 @@ def test_unknown_names_are_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UsageError, match="no labels 'colours' to read; did you mean colour"):
         find_target("colours", probe.synthetic_episodes("vqa", shots=0, n=2))
     assert probe_targets.SECOND.keys() == VALUES.keys()
+
+
+def test_copies_of_a_picture_belong_together(tmp_path) -> None:
+    """Under other names too: else a probe would know what it is asked."""
+    for number in range(4):
+        picture(number % 2, (40, 30)).save(tmp_path / f"{number}.png")
+    examples = [Example(f"x{n}", (tmp_path / f"{n}.png",), "?", (str(n),)) for n in range(4)]
+    assert groups_of([Episode(f"e{n}", (), example) for n, example in enumerate(examples)]) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("labels", "folds"), [(2, 2), (5, 5), (10, 5)])
+def test_the_order_of_episodes_plays_no_part(labels: int, folds: int) -> None:
+    """Labels that recur in turn would each fall into one fold, if groups were dealt in order."""
+    names = [f"l{place % labels}" for place in range(100)]
+    features = np.eye(labels, dtype=np.float32)[[place % labels for place in range(100)]][None]
+    assert decode(features, names, list(range(100)), folds=folds).mean() == 1.0
+
+
+def test_an_empty_entry_is_no_label() -> None:
+    episodes = probe.synthetic_episodes("vqa", shots=0, n=4)
+    moods = zip(episodes, ["", "a", "b", "a"], strict=True)
+    named = [replace(e, query=replace(e.query, info={"mood": mood})) for e, mood in moods]
+    assert find_target("mood", named).labels == [None, "a", "b", "a"]

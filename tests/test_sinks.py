@@ -179,7 +179,7 @@ def test_batches_and_parts_change_nothing():
 
     with planted(model):
         together, alone, parts = measured(batch_size=3), measured(batch_size=1), measured(batch_size=2, keep=keep)
-        del kept["000002-000003"]
+        del kept[next(name for name in kept if name.startswith("000002"))]
         resumed = measured(batch_size=2, keep=keep)
     xr.testing.assert_identical(parts, resumed)
     for other in (alone, parts):

@@ -88,6 +88,8 @@ def attention_map(
     """
     source = source or Source()
     chosen = parse_layers(layers)
+    if knockout and without_sinks:
+        raise UsageError("--knockout hides what the listed heads attend to, sinks included; leave out --without-sinks.")
     if top < 1 or batch_size < 1 or controls < 0:
         raise UsageError(
             f"--top and --batch-size must be 1 or more, --controls 0; got {top}, {batch_size} and {controls}."

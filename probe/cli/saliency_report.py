@@ -76,7 +76,9 @@ def _table(summary: xr.Dataset, title: str, flows: Sequence[str], power: int) ->
 
 def _cell(ends: Sequence[float], power: int) -> str:
     estimate, low, high = (_number(value / 10.0**power) for value in ends)
-    return "–" if ends[0] != ends[0] else escape(f"{estimate} [{low}, {high}]")
+    if ends[0] != ends[0]:
+        return "–"
+    return estimate + (escape(f" [{low}, {high}]") if ends[1] == ends[1] else "")
 
 
 def _number(value: float) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from probe.data.example import Episode
 from probe.data.images import open_images
+from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError, did_you_mean
 from probe.experiments.answering import answer_limit, check_words, facts, within_memory
 from probe.experiments.attention_dataset import (
@@ -33,7 +34,7 @@ from probe.measures.sinks import THRESHOLD
 from probe.models.model import Model
 from probe.models.token_map import segments_for
 from probe.scoring import cut_answer
-from probe.store import Keep
+from probe.store import Keep, key
 from probe.trace.generate import generate
 from probe.trace.read import read
 
@@ -120,7 +121,9 @@ def attention_map(
             with within_memory(model, len(unit)):
                 return _measure(model, unit, plan, n_overlay, limit)
 
-        done.append(keep(f"{start:06d}-{start + len(unit):06d}", compute) if keep else compute())
+        # By content: a part of other episodes, or read otherwise, is never taken for this one.
+        what = key({"rows": rows, "layers": plan.layers, "shots": plan.shots, "overlay": n_overlay, "limit": limit})
+        done.append(keep(f"{start:06d}-{what[:8]}-{content_key(unit)}", compute) if keep else compute())
         if progress:
             progress(start + len(unit))
     result = join(done)

@@ -81,7 +81,8 @@ def linear_probe(
         (target, position, layer): ``ridge_accuracy``, ``p`` and ``p_family``, as in
         :class:`~probe.measures.decoding.Permutation`. Over (target, guess): ``guess_accuracy`` of each of
         :data:`GUESSES`, NaN where it makes no sense. Over target: ``n_labels``, ``n_groups``, ``n_types``,
-        ``n_left_out``, ``about``, ``control``. Over (target, episode): ``label`` and ``control_label``.
+        ``n_left_out``, ``about``, ``control``. Over (target, episode): ``label``, ``control_label`` and ``group``, -1
+        where the episode is left out.
 
     Raises
     ------
@@ -166,8 +167,9 @@ def _prepare(target: Target, episodes: Sequence[Episode], folds: int) -> Asked:
     groups = groups_of(episodes, of_demonstration=target.of_demonstration)
     pairs = {(label, group) for label, group in zip(target.labels, groups, strict=True) if label is not None}
     n_groups = {label: sum(other == label for other, _ in pairs) for label in {label for label, _ in pairs}}
-    places = [i for i, label in enumerate(target.labels) if n_groups.get(label or "", 0) >= FEWEST_GROUPS]
-    labels = [target.labels[place] or "" for place in places]
+    known = [(i, label) for i, label in enumerate(target.labels) if label is not None]
+    places = [i for i, label in known if n_groups[label] >= FEWEST_GROUPS]
+    labels = [label for _, label in known if n_groups[label] >= FEWEST_GROUPS]
     within = [groups[place] for place in places]
     if len(set(labels)) < 2 or len(set(within)) < folds or folds < 2:
         raise UsageError(
@@ -231,6 +233,8 @@ def _probe(
         by_place = dict(zip(asked.places.tolist(), labels or [""] * len(asked.places), strict=True))
         return np.array([by_place.get(place, "") for place in range(len(episodes))], dtype=str)
 
+    grouped = np.full(len(episodes), -1, dtype=np.int64)
+    grouped[asked.places] = asked.groups
     site = ("position", "layer")
     types: set[Hashable] = set() if control is None else {(target.types or [])[place] for place in asked.places}
     return xr.Dataset(
@@ -243,6 +247,7 @@ def _probe(
             "guess_accuracy": ("guess", _guesses(asked, episodes, folds)),
             "label": ("episode", named(asked.labels)),
             "control_label": ("episode", named(control)),
+            "group": ("episode", grouped),
             "n_labels": len(set(asked.labels)),
             "n_groups": len(set(asked.groups)),
             "n_types": len(types),

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from probe.data.example import Episode
-from probe.data.images import image_identity
+from probe.data.example import Episode, Picture
+from probe.data.images import open_image, pixel_hash
 from probe.data.scenes import ATTRIBUTES
 from probe.errors import UsageError, did_you_mean
 
@@ -116,9 +117,19 @@ def groups_of(episodes: Sequence[Episode], *, of_demonstration: bool = False) ->
         return place
 
     seen: dict[str, int] = {}
+    hashes: dict[Path, str] = {}
+
+    def pixels(picture: Picture, where: str) -> str:
+        # By what they show: a copy under another name would tell a probe what it is asked.
+        if not isinstance(picture, Path):
+            return pixel_hash(open_image(picture, where=where))
+        if picture not in hashes:
+            hashes[picture] = pixel_hash(open_image(picture, where=where))
+        return hashes[picture]
+
     for place, episode in enumerate(episodes):
         about = [episode.query, *(episode.demonstrations[-1:] if of_demonstration else ())]
-        images = (image_identity(x, where=f"episode {episode.id}") for example in about for x in example.images)
+        images = (pixels(x, f"episode {episode.id}") for example in about for x in example.images)
         for mark in (*(f"id {example.id}" for example in about), *images):
             parent[root(place)] = root(seen.setdefault(mark, place))
     return [root(place) for place in range(len(episodes))]
@@ -213,7 +224,7 @@ def _entry(name: str, episode: Episode) -> str | None:
     value = episode.query.info.get(name, episode.info.get(name))
     if value is not None and not _is_label(value):
         raise UsageError(f"Episode {episode.id}: info[{name!r}] is no label but {value!r}; give a word or a number.")
-    return None if value is None else str(value)
+    return None if value is None or value == "" else str(value)
 
 
 def _is_label(value: object) -> bool:

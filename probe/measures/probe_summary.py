@@ -101,15 +101,20 @@ def peaks(result: xr.Dataset) -> list[Peak]:
             right, control = (cell[name].transpose("layer", "episode").values for name in ("right", "control_right"))
             there = ~np.isnan(right[0])
             right, control = right[:, there], control[:, there]
-            best = int(right[:, ::2].mean(1).argmax())
+            # Halves by group and at random: no picture is in both, and no order of labels decides.
+            group = result["group"].sel(target=target).values[there]
+            mixed = np.random.default_rng(0).permutation(np.unique(group))
+            chooses = np.isin(group, mixed[: (len(mixed) + 1) // 2])
+            best = int(right[:, chooses].mean(1).argmax())
+            right, control = right[best, ~chooses], control[best, ~chooses]
             found.append(
                 Peak(
                     target,
                     position,
                     layers[best],
-                    _wilson(right[best, 1::2]),
-                    _wilson(control[best, 1::2]),
-                    mean_interval(right[best, 1::2] - control[best, 1::2]),
+                    _wilson(right),
+                    _wilson(control),
+                    mean_interval(right - control),
                     [layer for layer, p in zip(layers, cell["p_family"].values, strict=True) if p <= LEVEL],
                 )
             )

@@ -86,13 +86,14 @@ def find_sinks(residual: Float[Tensor, "batch position hidden"], there: Bool[Ten
 def dimension_sizes(
     residual: Float[Tensor, "batch position hidden"], dimensions: Int[Tensor, "batch dimension"]
 ) -> Float[Tensor, "batch position dimension"]:
-    """Each dimension relative to the root mean square of all dimensions but these, in float32.
+    """Each dimension relative to the root mean square of all dimensions but these.
 
     The stream is not copied: its energy is added up, and only the given dimensions are picked.
     """
     index = dimensions[:, None].expand(-1, residual.shape[1], -1)
-    held = residual.gather(2, index).float().square()
-    precision = torch.promote_types(residual.dtype, torch.float32)  # which is not narrowed
-    energy = torch.linalg.vector_norm(residual, dim=-1, dtype=precision).float().square()
+    # In double precision: what a massive dimension leaves of the energy would be lost in its rounding.
+    precision = torch.float32 if residual.device.type == "mps" else torch.float64
+    held = residual.gather(2, index).to(precision).square()
+    energy = torch.linalg.vector_norm(residual, dim=-1, dtype=precision).square()
     rest = (energy - held.sum(-1)).clamp_min(0) / (residual.shape[2] - dimensions.shape[1])
-    return cast(Tensor, (held / rest[..., None]).sqrt())
+    return cast(Tensor, (held / rest[..., None]).sqrt().float())
