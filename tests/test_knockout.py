@@ -381,7 +381,8 @@ def test_beside_each_mass_stands_what_happens_without_it(mapped, capsys):
     assert "Without, from the row that answers" in text and "without" in text
     figure = plot_text_or_image(result)
     assert len([trace for trace in figure.data if trace.xaxis == "x4"]) == 4
-    assert run([*line[:-1], "--without-sinks"]) == 0
+    assert run([*line[:-1], "--without-sinks"]) == 2  # hidden are sinks too
+    assert "leave out --without-sinks" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_knockouts_the_picture_says_that_they_are_missing():
