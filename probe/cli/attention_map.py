@@ -103,23 +103,17 @@ def attention_map(
 
         episodes = source.read_episodes()
         content = episodes_key(episodes)
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "attention_map",
-            **described,
-            **source.describe(),
-            "n_episodes": len(episodes),
-            "episodes_key": content,
-            "rows": rows,
-            "layers": chosen,
-            # Which heads are listed decides which are knocked out.
-            "knockout": {"top": top, "controls": controls} if knockout else None,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "n_episodes": len(episodes),
+        "episodes_key": content,
+        "rows": rows,
+        "layers": chosen,
+        # Which heads are listed decides which are knocked out.
+        "knockout": {"top": top, "controls": controls} if knockout else None,
+    }
+    with experiment_run(reporter, source, out, "attention_map", settings) as (run, located):
         reused = run.finished
         if not reused:
             without = (top, controls) if knockout else None
@@ -150,7 +144,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished; ``without``: heads and controls of its knockouts."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import attention_map as experiment
 
     with reporter.step("loading the model"):
@@ -163,8 +157,7 @@ def _compute(
             )
         if without is not None:
             result = _knock_out(run, model, episodes, result, layers, without, source.seed, batch_size, reporter)
-    result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
-    run.finish(result)
+    finish(run, source, result)
 
 
 def _knock_out(

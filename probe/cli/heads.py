@@ -87,23 +87,17 @@ def heads(
 
         episodes = source.read_episodes()
         content = episodes_key(episodes)
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "heads",
-            **described,
-            **source.describe(),
-            "episodes_key": content,
-            "causal": causal,
-            "top": top,
-            "controls": controls,
-            "sequences": sequences,
-            "length": length,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "episodes_key": content,
+        "causal": causal,
+        "top": top,
+        "controls": controls,
+        "sequences": sequences,
+        "length": length,
+    }
+    with experiment_run(reporter, source, out, "heads", settings) as (run, located):
         reused = run.finished
         if not reused:
             options = {"causal": causal, "top": top, "controls": controls, "sequences": sequences, "length": length}
@@ -127,7 +121,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import heads as experiment
 
     with reporter.step("loading the model"):
@@ -145,8 +139,7 @@ def _compute(
             **options,  # type: ignore[arg-type]
         )
         progress(n)
-    result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
-    run.finish(result)
+    finish(run, source, result)
 
 
 def draw(result: xr.Dataset, path: Path) -> None:

@@ -170,21 +170,15 @@ def knockout(
         removal.check()
         episodes = source.read_episodes()
         content = episodes_key(episodes)
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "knockout",
-            **described,
-            **source.describe(),
-            "episodes_key": content,
-            **asdict(removal),
-            "controls": controls,
-            "answers": answers,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "episodes_key": content,
+        **asdict(removal),
+        "controls": controls,
+        "answers": answers,
+    }
+    with experiment_run(reporter, source, out, "knockout", settings) as (run, located):
         reused = run.finished
         if not reused:
             _compute(run, source, located, episodes, removal, controls, answers, batch_size, reporter)
@@ -209,7 +203,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import knockout as experiment
     from probe.experiments.interventions import check_places
 
@@ -232,8 +226,7 @@ def _compute(
             progress=progress,
         )
         progress(n)
-    result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
-    run.finish(result)
+    finish(run, source, result)
 
 
 def _there(model: Model, removal: Removal, episodes: Sequence[Episode]) -> list[Intervention]:

@@ -117,23 +117,17 @@ def linear_probe(
             find_target(name, episodes)  # found now, not after the model was loaded
         choice = Choice(named, _names(positions, "--positions"), numbers, folds, permutations)
         content = episodes_key(episodes)
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "linear_probe",
-            **described,
-            **source.describe(),
-            "episodes": content,
-            "targets": choice.targets,
-            "positions": choice.positions,
-            "layers": choice.layers,
-            "folds": folds,
-            "permutations": permutations,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "episodes": content,
+        "targets": choice.targets,
+        "positions": choice.positions,
+        "layers": choice.layers,
+        "folds": folds,
+        "permutations": permutations,
+    }
+    with experiment_run(reporter, source, out, "linear_probe", settings) as (run, located):
         reused = run.finished
         if not reused:
             _compute(run, source, episodes, choice, located, batch_size, reporter)
@@ -166,7 +160,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import linear_probe as experiment
 
     with reporter.step("loading the model"):
@@ -186,8 +180,7 @@ def _compute(
             keep=run.part,
             progress=progress,
         )
-        result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
-        run.finish(result)
+        finish(run, source, result)
 
 
 def draw(result: xr.Dataset, path: Path) -> None:

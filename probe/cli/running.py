@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from probe.cli.options import Material
+    from probe.cli.report import Reporter
     from probe.data.example import Episode
     from probe.models.model import Model
     from probe.models.names import Located
@@ -40,6 +43,26 @@ def describe_model(source: Material) -> tuple[Located, dict[str, object]]:
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
     }
+
+
+@contextmanager
+def experiment_run(
+    reporter: Reporter, source: Material, out: Path | None, experiment: str, settings: Mapping[str, object]
+) -> Iterator[tuple[Run, Located]]:
+    """Find the model and open the run that belongs to it, to the source and to a command's own settings."""
+    with reporter.step("finding the model"):
+        from probe.store import open_run
+
+        located, described = describe_model(source)
+        config = {"experiment": experiment, **described, **source.describe(), **settings}
+    with open_run(run_directory(out, source, config), config) as run:
+        yield run, located
+
+
+def finish(run: Run, source: Material, result: xr.Dataset) -> None:
+    """Keep a result, with where its episodes came from and how it was made."""
+    result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
+    run.finish(result)
 
 
 def run_directory(out: Path | None, source: Material, config: Mapping[str, object]) -> Path:

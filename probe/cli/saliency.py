@@ -73,20 +73,14 @@ def saliency(
 
         episodes = source.read_episodes()
         content = episodes_key(episodes)
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "saliency",
-            **described,
-            **source.describe(),
-            "n_episodes": len(episodes),
-            "episodes_key": content,
-            "layers": chosen,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "n_episodes": len(episodes),
+        "episodes_key": content,
+        "layers": chosen,
+    }
+    with experiment_run(reporter, source, out, "saliency", settings) as (run, located):
         reused = run.finished
         if not reused:
             _compute(run, source, located, episodes, chosen, batch_size, reporter)
@@ -109,7 +103,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import saliency as experiment
 
     with reporter.step("loading the model"):
@@ -120,8 +114,7 @@ def _compute(
         result = experiment.saliency(
             model, episodes, layers=layers, batch_size=batch_size, keep=run.part, progress=progress
         )
-    result.attrs.update({**source.describe(), "key": run.record["key"], **run.record["stamp"]})
-    run.finish(result)
+    finish(run, source, result)
 
 
 def draw(result: xr.Dataset, path: Path) -> None:
