@@ -106,12 +106,10 @@ def test_random_keys_are_as_many_of_the_same_turns(model, episodes, name):
             assert found.sum() == n_hidden(intervention, encoding) == meant[: encoding.n_prompt].sum()
             assert not found[token_map.role == ROLES.index("sink")].any()
             assert not found[encoding.n_prompt - 1 :].any()
-            owners = set(np.sign(token_map.demonstration[found].clip(-2, 0)).tolist())
             if name in ("demos/text", "demo1/answer"):
                 assert (token_map.demonstration[found] >= 0).all()
             if name == "query/image":
                 assert (token_map.demonstration[found] == -1).all()
-            assert owners
         if name != "demos":
             assert len({found.tobytes() for found in drawn}) > 1
         assert (random_keys(intervention, 3, 0)("text")(encoding) == drawn[3]).all()

@@ -98,29 +98,23 @@ def copy_rate(
         material = read_material(source, choice)
         if sweep and material.episodes is not None:
             raise UsageError(f"--sweep needs a pool to choose from, which {source.task} has not; leave it out.")
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "copy_rate",
-            **described,
-            **source.describe(),
-            **material.describe(),
-            "n_episodes": source.episodes,
-            "strategies": strategies,
-            "order": choice.order,
-            "distinct_images": choice.distinct_images,
-            "encoders": {name: identify(name) for name in (choice.image_encoder, choice.text_encoder)},
-            "image_encoder": choice.image_encoder,
-            "text_encoder": choice.text_encoder,
-            "first_round": choice.first_round if "SQPA" in strategies else None,
-            "perturb": changes,
-            "counterfactual": counterfactual,
-            "sweep": sweep,
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        **material.describe(),
+        "n_episodes": source.episodes,
+        "strategies": strategies,
+        "order": choice.order,
+        "distinct_images": choice.distinct_images,
+        "encoders": {name: identify(name) for name in (choice.image_encoder, choice.text_encoder)},
+        "image_encoder": choice.image_encoder,
+        "text_encoder": choice.text_encoder,
+        "first_round": choice.first_round if "SQPA" in strategies else None,
+        "perturb": changes,
+        "counterfactual": counterfactual,
+        "sweep": sweep,
+    }
+    with experiment_run(reporter, source, out, "copy_rate", settings) as (run, located):
         reused = run.finished
         if not reused:
             _compute(run, source, choice, material, located, counterfactual, sweep, batch_size, reporter)
@@ -150,7 +144,7 @@ def _compute(
     reporter: Reporter,
 ) -> None:
     """Do the work of a run that is not finished."""
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import copy_rate as experiment
 
     with reporter.step("loading the model"):
@@ -175,13 +169,7 @@ def _compute(
         result = result.merge(found.drop_attrs()).assign_attrs({**result.attrs, **found.attrs})
     asked = material.episodes or material.queries or material.pool
     result.attrs |= {"order": choice.order, "image_encoder": choice.image_encoder, "text_encoder": choice.text_encoder}
-    result.attrs |= {
-        **source.describe(),
-        "key": run.record["key"],
-        **run.record["stamp"],
-        "n_queries": min(source.episodes, len(asked)),
-    }
-    run.finish(result)
+    finish(run, source, result.assign_attrs(n_queries=min(source.episodes, len(asked))))
 
 
 def _sweep(

@@ -107,22 +107,16 @@ def task_split(
         shown = read_episodes(source, max(numbers), seeds, labels)
         rests = read_reliance_episodes(source)
         content = {name: episodes_key(episodes) for name, episodes in shown.items()}
-    with reporter.step("finding the model"):
-        from probe.cli.running import describe_model, run_directory
-        from probe.store import open_run
+    from probe.cli.running import experiment_run
 
-        located, described = describe_model(source)
-        config = {
-            "experiment": "task_split",
-            **described,
-            **source.describe(),
-            "episodes_keys": content,
-            "reliance_key": None if isinstance(rests, str) else episodes_key(rests),
-            "shots": numbers,
-            "seeds": seeds,
-            "symbols": list(meaningless),
-        }
-    with open_run(run_directory(out, source, config), config) as run:
+    settings = {
+        "episodes_keys": content,
+        "reliance_key": None if isinstance(rests, str) else episodes_key(rests),
+        "shots": numbers,
+        "seeds": seeds,
+        "symbols": list(meaningless),
+    }
+    with experiment_run(reporter, source, out, "task_split", settings) as (run, located):
         reused = run.finished
         if not reused:
             _compute(run, source, shown, rests, numbers, meaningless, located, batch_size, reporter)
@@ -233,7 +227,7 @@ def _compute(
     """Do the work of a run that is not finished."""
     import xarray as xr
 
-    from probe.cli.running import load_model, manifest
+    from probe.cli.running import finish, load_model, manifest
     from probe.experiments import task_split as experiment
 
     with reporter.step("loading the model"):
@@ -261,8 +255,7 @@ def _compute(
             result.attrs["no_reliance"] = rests
         else:
             result = result.merge(_reliance(run, source, rests, model, batch_size))
-    result.attrs |= {**source.describe(), "key": run.record["key"], **run.record["stamp"]}
-    run.finish(result)
+    finish(run, source, result)
 
 
 def _reliance(run: Run, source: Material, episodes: list[Episode], model: Model, batch_size: int) -> xr.Dataset:
