@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from probe.trace.ablate import zero_head
     from probe.trace.edit import Edit
     from probe.trace.read import read
+    from probe.trace.steer import Steered, inject
 
 # Loaded at first use, so that `probe --help` loads no torch.
 _HOMES = {
@@ -95,6 +96,8 @@ _HOMES = {
     "Edit": "probe.trace.edit",
     "zero_head": "probe.trace.ablate",
     "read": "probe.trace.read",
+    "Steered": "probe.trace.steer",
+    "inject": "probe.trace.steer",
 }
 
 __all__ = [
@@ -104,6 +107,7 @@ __all__ = [
     "Intervention",
     "Model",
     "ProbeError",
+    "Steered",
     "TokenMap",
     "UsageError",
     "answering",
@@ -113,6 +117,7 @@ __all__ = [
     "copy_rate",
     "copy_sweep",
     "heads",
+    "inject",
     "knockout",
     "linear_probe",
     "load",

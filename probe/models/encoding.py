@@ -287,6 +287,12 @@ class Batch:
         """Positions of the padded batch."""
         return int(self.inputs["input_ids"].shape[1])
 
+    def repeated(self, times: int) -> Batch:
+        """Each episode several times in a row, as beam search reads them; of the inputs, only the ids."""
+        ids = self.inputs["input_ids"].repeat_interleave(times, 0)
+        encodings = tuple(encoding for encoding in self.encodings for _ in range(times))
+        return Batch({"input_ids": ids}, encodings, tuple(pad for pad in self.pads for _ in range(times)))
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on another device."""
         moved = {name: value.to(device) for name, value in self.inputs.items()}

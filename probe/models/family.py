@@ -27,6 +27,12 @@ def no_inputs(model: Model, batch: Batch) -> dict[str, Tensor]:
     return {}
 
 
+def running_positions(model: Model, batch: Batch) -> Tensor:
+    """For families that count the positions of the text; padding is not counted."""
+    mask: Tensor = batch.inputs["attention_mask"]
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def as_written(text: str, before: str, after: str) -> str:
     """For families that write an image alike wherever it stands."""
     return text
@@ -66,6 +72,9 @@ class Family:
         text reads images through cross-attention.
     finish
         ``(model, padded batch) -> inputs`` that follow from the padded token ids.
+    positions
+        ``(model, padded batch) -> position_ids`` of the rotary embedding, ``[batch, length]`` or ``[3, batch,
+        length]``.
     beside
         ``(text of an image, before, after) -> text``: what becomes of it beside its neighbours in the prompt, where
         ``before`` and ``after`` are the prompt around its placeholder.
@@ -95,6 +104,7 @@ class Family:
     process_images: Callable[[Model, list[Image.Image]], Images]
     image_token: Callable[[Any], int] | None = config_image_token
     finish: Callable[[Model, Batch], dict[str, Tensor]] = no_inputs
+    positions: Callable[[Model, Batch], Tensor] = running_positions
     beside: Callable[[str, str, str], str] = as_written
     by_episode: bool = False
     like_images: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -292,3 +293,74 @@ class Model:
         batch = collate(encodings, pad_id, with_answer=with_answer, by_episode=self.family.by_episode)
         batch.inputs.update(self.family.finish(self, batch))
         return batch.to(self.device)
+
+    def positions(self, batch: Batch) -> torch.Tensor:
+        """The positions that the rotary embedding gives the tokens of a batch.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, length]``, or ``[3, batch, length]`` in families that count time, rows and columns apart. Given to
+            the model as ``position_ids``, they change nothing but rounding.
+        """
+        return self.family.positions(self, batch)
+
+    # --------------------------------------------------------------------------------------------------------- answers
+
+    def logits(self, batch: Batch, *, logits_to_keep: int = 1) -> torch.Tensor:
+        """What the model predicts at the last positions of a batch, ``[batch, kept positions, vocabulary]``."""
+        with torch.no_grad():
+            out = self.module(**batch.inputs, logits_to_keep=logits_to_keep, use_cache=False)
+        return cast(torch.Tensor, out.logits)
+
+    def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1) -> list[str]:
+        """Answers, greedy or by beam search.
+
+        The checkpoint's own sampling settings (temperature, repetition penalty) are switched off: they belong to
+        chatting, and a repetition penalty would punish a model for answering as a demonstration does.
+
+        Parameters
+        ----------
+        batch
+            Prompts that stop before the answer (``with_answer=False``).
+        max_new_tokens
+            Where to stop at the latest.
+        num_beams
+            1 is greedy. More are compared by the sum of their log-probabilities, not by the mean over tokens, as the
+            published evaluations of in-context vectors do.
+
+        Returns
+        -------
+        list of str
+            One answer an episode, without special tokens, stripped.
+        """
+        with self.decoding(max_new_tokens, num_beams):
+            ids = cast(Any, self.module).generate(**batch.inputs)
+        return self.read_answers(ids, batch)
+
+    @contextmanager
+    def decoding(self, max_new_tokens: int, num_beams: int = 1) -> Iterator[None]:
+        """Set the module to generate deterministically, and back."""
+        from transformers import GenerationConfig
+
+        module = cast(Any, self.module)
+        own = module.generation_config
+        # Transformers fills what a call leaves open from the checkpoint's settings: they are set aside, not overridden.
+        module.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=num_beams,
+            **({"length_penalty": 0.0} if num_beams > 1 else {}),
+            eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            module.generation_config = own
+
+    def read_answers(self, ids: torch.Tensor, batch: Batch) -> list[str]:
+        """The texts behind the prompts of a batch."""
+        new = ids[:, batch.length :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -3,10 +3,20 @@
 An edit names a site and a layer, and gives a function from the value to its replacement. Knockouts, oracles, vectors
 and fused tokens are lists of edits.
 
-Sites
------
-``heads``
-    The heads' outputs just before the output projection, ``[batch, position, head, head_dim]``.
+====================  ==================================================================================================
+site                  value
+====================  ==================================================================================================
+``residual``          the residual stream that enters a block, ``[batch, position, hidden]``; read only
+``attention``         what the attention call computes with (:class:`Attention`); read only
+``heads``             the heads' outputs just before the output projection, ``[batch, position, head, head_dim]``
+``attention_output``  what the output projection makes of them, ``[batch, position, hidden]``
+``mlp_output``        what the MLP makes, ``[batch, position, hidden]``; like the former before any norm behind it and
+                      before it is added to the residual stream
+``layer_output``      the residual stream that leaves the block, ``[batch, position, hidden]``
+====================  ==================================================================================================
+
+``attention`` and ``heads`` are read before the layer's own edits, so that one can be computed from the other; the three
+outputs after them, as the rest of the model reads them.
 """
 
 from __future__ import annotations
@@ -17,10 +27,15 @@ from typing import Literal
 
 from torch import Tensor
 
+from probe.errors import UsageError
 from probe.models.encoding import Batch
 from probe.models.sites import Axis
 
-Site = Literal["residual", "attention", "heads"]
+Output = Literal["attention_output", "mlp_output", "layer_output"]
+"""What a module of a block gives, in the order in which they run."""
+
+Edited = Literal["heads"] | Output
+Site = Literal["residual", "attention"] | Edited
 
 
 @dataclass(frozen=True)
@@ -65,16 +80,29 @@ class Context:
         The batch with its token maps; positions in it are shifted by ``batch.pads``.
     layer
         Index of the decoder layer.
-    attention
-        The layer's attention call.
+    call
+        The layer's attention call, at site ``heads``.
     step
         Decoding step; 0 is the prompt.
     """
 
     batch: Batch
     layer: int
-    attention: Attention
+    call: Attention | None = None
     step: int = 0
+
+    @property
+    def attention(self) -> Attention:
+        """The layer's attention call.
+
+        Raises
+        ------
+        UsageError
+            At other sites than ``heads``.
+        """
+        if self.call is None:
+            raise UsageError("What attention computes with is known to edits at site heads only.")
+        return self.call
 
 
 @dataclass(frozen=True)
@@ -82,9 +110,10 @@ class Edit:
     """Replace the value of ``site`` in ``layer`` by ``fn(value, context)``, which has the same shape.
 
     ``axis`` chooses between the layer's attention to the text and, where there is one, its cross-attention to images.
+    The outputs of a decoder layer that has cross-attention alone are found either way.
     """
 
-    site: Literal["heads"]
+    site: Edited
     layer: int
     fn: Callable[[Tensor, Context], Tensor]
     axis: Axis = "text"

@@ -1,4 +1,4 @@
-"""Let a model answer, as it is or edited."""
+"""Let an edited model answer: every step of a generation is traced."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from probe.models.encoding import Batch
 from probe.models.model import Model
-from probe.trace.edit import Context, Edit
-from probe.trace.read import attention_call, describe, edits_by_place, wrap
+from probe.trace.edit import Edit
+from probe.trace.read import edits_by_place, visit, wrap
+from probe.trace.steer import unsteered
 
 
-def generate(model: Model, batch: Batch, *, max_new_tokens: int, edits: Sequence[Edit] = ()) -> list[str]:
-    """Greedy answers.
-
-    The checkpoint's own sampling settings (temperature, repetition penalty) are switched off: they belong to chatting,
-    and a repetition penalty would punish a model for answering as a demonstration does.
+def generate(
+    model: Model, batch: Batch, *, max_new_tokens: int, num_beams: int = 1, edits: Sequence[Edit] = ()
+) -> list[str]:
+    """Answers, greedy or by beam search, as :meth:`probe.Model.generate` gives them, of an edited model.
 
     Parameters
     ----------
@@ -30,6 +28,8 @@ def generate(model: Model, batch: Batch, *, max_new_tokens: int, edits: Sequence
         Prompts that stop before the answer (``with_answer=False``).
     max_new_tokens
         Where to stop at the latest.
+    num_beams
+        1 is greedy. Edits see every beam as an episode of its own.
     edits
         Changes to make in the prompt and at every new position; ``step`` of their context says which it is.
 
@@ -43,30 +43,19 @@ def generate(model: Model, batch: Batch, *, max_new_tokens: int, edits: Sequence
     UsageError
         If a layer does not exist.
     """
-    module = cast(Any, model.module)
-    own = module.generation_config
-    # Transformers fills what a call leaves open from the checkpoint's settings: they are set aside, not overridden.
-    module.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
-    try:
-        with torch.no_grad():
-            ids = _edited(model, batch, edits) if edits else module.generate(**batch.inputs)
-    finally:
-        module.generation_config = own
-    new = ids[:, batch.length :]
-    return [text.strip() for text in model.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    model, edits = unsteered(model, edits)
+    if not edits:
+        return model.generate(batch, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    with model.decoding(max_new_tokens, num_beams):
+        return model.read_answers(_edited(model, batch, num_beams, edits), batch)
 
 
-def _edited(model: Model, batch: Batch, edits: Sequence[Edit]) -> Tensor:
+def _edited(model: Model, batch: Batch, num_beams: int, edits: Sequence[Edit]) -> Tensor:
     """Token ids of a generation with edits in every step."""
     edited = edits_by_place(model, batch, edits)
     places = {(site.axis, site.layer): site for site in model.sites}
     wrapped = wrap(model)
+    rows = batch.repeated(num_beams) if num_beams > 1 else batch
     found: list[Tensor] = []
 
     def run(**inputs: Any) -> Tensor:
@@ -79,10 +68,5 @@ def _edited(model: Model, batch: Batch, edits: Sequence[Edit]) -> Tensor:
         with wrapped.trace(fn=run, **batch.inputs) as tracer:
             for step in tracer.iter[:]:
                 for place, own in edited.items():
-                    site = wrapped.get(places[place].attention)
-                    attention = describe(places[place], *attention_call(site).inputs)
-                    heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
-                    for edit in own:
-                        heads = edit.fn(heads, Context(batch, edit.layer, attention, step))
-                    site.o_proj.input = heads.flatten(2)
+                    visit(model, places[place], rows, own, step=step)
     return found[0]

@@ -20,7 +20,8 @@ from probe.errors import UsageError, did_you_mean
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.models.sites import AttentionSite, Axis
-from probe.trace.edit import Attention, Context, Edit, Site
+from probe.trace.edit import Attention, Context, Edit, Edited, Output, Site
+from probe.trace.steer import unsteered
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,29 @@ class LayerValues:
         Index of the decoder layer.
     axis
         Where the keys stand: ``text`` or ``vision``.
-    attention
-        The attention call, if site ``attention`` was asked for.
-    heads
-        ``[batch, position, head, head_dim]``, the model's own outputs before any edit at this layer, if site ``heads``
-        was asked for.
     batch
         The batch that is read.
+    attention
+        The attention call.
+    heads
+        ``[batch, position, head, head_dim]``, the model's own outputs before any edit at this layer.
     residual
-        ``[batch, position, hidden]``, the residual stream that enters the block of this attention, if site ``residual``
-        was asked for.
+        ``[batch, position, hidden]``, the residual stream that enters the block of this attention.
+    attention_output, mlp_output, layer_output
+        ``[batch, position, hidden]`` each, after the edits there.
+
+    Of these, what was asked for; the rest is ``None``.
     """
 
     layer: int
     axis: Axis
-    attention: Attention | None
-    heads: Tensor | None
     batch: Batch
+    attention: Attention | None = None
+    heads: Tensor | None = None
     residual: Tensor | None = None
+    attention_output: Tensor | None = None
+    mlp_output: Tensor | None = None
+    layer_output: Tensor | None = None
 
 
 Reducer = Callable[[LayerValues], Mapping[str, Tensor]]
@@ -65,7 +71,7 @@ class Reading:
     logits
         ``[batch, kept positions, vocabulary]``, of the last positions.
     layers
-        For each layer that was read, what the reducer returned, on the CPU.
+        For each layer that was read, what the reducer returned: on the CPU, or where it was if gradients are kept.
     cross
         The same for cross-attention to images, in families that have it, by the layer that it belongs to.
     """
@@ -74,6 +80,10 @@ class Reading:
     layers: dict[int, dict[str, Tensor]]
     cross: dict[int, dict[str, Tensor]]
 
+
+_OUTPUTS: tuple[Output, ...] = get_args(Output)
+_EDITED: tuple[Edited, ...] = ("heads", *_OUTPUTS)
+_SITES: tuple[Site, ...] = ("residual", "attention", *_EDITED)
 
 # By model and not by module: a wrapper holds its module, which would then never be freed.
 _wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
@@ -122,18 +132,18 @@ def read(
     batch
         What to run it on.
     sites
-        Which values the reducer wants: ``residual``, ``attention``, ``heads``.
+        Which values the reducer wants, of those in :mod:`probe.trace.edit`.
     reduce
         Called once for each attention of the layers in ``layers``, in the order in which they run, while the model
         runs.
     edits
-        Changes to make. A layer's values are read before its own edits and after those of the layers below.
+        Changes to make.
     layers
         Which layers to reduce; default all.
     logits_to_keep
         How many of the last positions to compute logits for.
     gradients
-        Keep the graph, to differentiate the logits with respect to something that an edit uses.
+        Keep the graph, to differentiate logits and reduced values with respect to something that an edit uses.
 
     Returns
     -------
@@ -144,9 +154,10 @@ def read(
     UsageError
         If a site or a layer does not exist, or ``sites`` and ``reduce`` do not go together.
     """
+    model, edits = unsteered(model, edits)
     for site in sites:
-        if site not in get_args(Site):
-            raise UsageError(f"There is no site {site!r} to read; {did_you_mean(site, get_args(Site))}")
+        if site not in _SITES:
+            raise UsageError(f"There is no site {site!r} to read; {did_you_mean(site, _SITES)}")
     if bool(sites) != (reduce is not None):
         raise UsageError("Reading needs both sites and a reducer, or neither.")
     places = {(site.axis, site.layer): site for site in model.sites}
@@ -160,21 +171,13 @@ def read(
         with wrapped.trace(**inputs):
             collected = {}.save()
             for place in [place for place in places if place in chosen | edited.keys()]:
-                residual = None
-                if place in chosen and "residual" in sites:
-                    residual = wrapped.get(places[place].block).input
-                site = wrapped.get(places[place].attention)
-                attention = describe(places[place], *attention_call(site).inputs)
-                heads = site.o_proj.input.unflatten(2, (model.n_heads, -1))
+                wanted = sites if place in chosen else ()
+                values = visit(model, places[place], batch, edited.get(place, ()), wanted)
                 if place in chosen:
-                    collected[place] = _reduce(reducer, sites, attention, heads, residual, batch)
-                if place in edited:
-                    for edit in edited[place]:
-                        heads = edit.fn(heads, Context(batch, edit.layer, attention))
-                    site.o_proj.input = heads.flatten(2)
-                # The model runs on while these names hold tensors, which would add to the peak of what comes next.
+                    collected[place] = _reduce(reducer, values, detach=not gradients)
+                # The model runs on while this name holds tensors, which would add to the peak of what comes next.
                 # (nnsight keeps a trace body's names in a dictionary of its own, in which `del` has no effect.)
-                attention = heads = residual = None  # type: ignore[assignment]
+                values = None  # type: ignore[assignment]
             logits = wrapped.output.logits.save()
     text, vision = ({at: kept for (a, at), kept in collected.items() if a == axis} for axis in ("text", "vision"))
     return Reading(logits=logits, layers=text, cross=vision)
@@ -195,14 +198,60 @@ def edits_by_place(model: Model, batch: Batch, edits: Sequence[Edit]) -> dict[tu
     """
     places = [(site.axis, site.layer) for site in model.sites]
     model.choose_layers([edit.layer for edit in edits] or None)
+    found: dict[tuple[Axis, int], list[Edit]] = {place: [] for place in places}
     for edit in edits:
-        if edit.site != "heads":
-            raise UsageError(f"There is no site {edit.site!r} to edit; there is heads.")
-        if (edit.axis, edit.layer) not in places:
+        if edit.site not in _EDITED:
+            raise UsageError(f"There is no site {edit.site!r} to edit; {did_you_mean(edit.site, _EDITED)}")
+        place = (edit.axis, edit.layer)
+        if place not in places and edit.site != "heads":
+            place = ("vision", edit.layer)  # a decoder layer with cross-attention alone
+        if place not in places:
             raise UsageError(f"Layer {edit.layer} of {model.name} has no attention to the {edit.axis}.")
+        found[place].append(edit)
     axes = axes_of(batch)
-    found = {place: [edit for edit in edits if (edit.axis, edit.layer) == place] for place in places}
     return {place: own for place, own in found.items() if own and place[0] in axes}
+
+
+def visit(
+    model: Model,
+    site: AttentionSite,
+    batch: Batch,
+    edits: Sequence[Edit],
+    wanted: Sequence[Site] = (),
+    step: int = 0,
+) -> LayerValues:
+    """Follow a running block from its input to its output: read what is wanted, edit what is to be edited.
+
+    To be called inside a trace. Nothing else is touched: every value that is taken out costs time.
+    """
+    wrapped = wrap(model)
+    block, attention = wrapped.get(site.block), wrapped.get(site.attention)
+    own = {name: [edit for edit in edits if edit.site == name] for name in _EDITED}
+    found: dict[str, Any] = {}
+    if "residual" in wanted:
+        found["residual"] = block.input
+    call = None
+    if "attention" in wanted or own["heads"]:
+        call = describe(site, *attention_call(attention).inputs)
+        found["attention"] = call if "attention" in wanted else None
+    if "heads" in wanted or own["heads"]:
+        heads = attention.o_proj.input.unflatten(2, (model.n_heads, -1))
+        found["heads"] = heads if "heads" in wanted else None
+        for edit in own["heads"]:
+            heads = edit.fn(heads, Context(batch, edit.layer, call, step))
+        if own["heads"]:
+            attention.o_proj.input = heads.flatten(2)
+    for name in _OUTPUTS:
+        if name in wanted or own[name]:
+            module = attention.o_proj if name == "attention_output" else block.mlp if name == "mlp_output" else block
+            output = module.output
+            value = output[0] if isinstance(output, tuple) else output
+            for edit in own[name]:
+                value = edit.fn(value, Context(batch, edit.layer, None, step))
+            if own[name]:
+                module.output = (value, *output[1:]) if isinstance(output, tuple) else value
+            found[name] = value if name in wanted else None
+    return LayerValues(site.layer, site.axis, batch, **found)
 
 
 def describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
@@ -213,26 +262,12 @@ def describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str,
     return Attention(site.layer, site.axis, q, k, v, mask, float(options["scaling"]), causal)
 
 
-def _reduce(
-    reducer: Reducer,
-    sites: Sequence[Site],
-    attention: Attention,
-    heads: Tensor,
-    residual: Tensor | None,
-    batch: Batch,
-) -> dict[str, Tensor]:
+def _reduce(reducer: Reducer, values: LayerValues, *, detach: bool) -> dict[str, Tensor]:
     """What the reducer makes of one layer, on the CPU and free of the tensors that it was made from."""
-    values = LayerValues(
-        attention.layer,
-        attention.axis,
-        attention if "attention" in sites else None,
-        heads if "heads" in sites else None,
-        batch,
-        residual,
-    )
     kept = {}
     for name, value in reducer(values).items():
-        small = value.cpu()
+        small = value.cpu() if detach else value
         # A view would keep all of its storage alive until the forward ends.
-        kept[name] = small.clone() if small.untyped_storage().nbytes() > small.nbytes else small
+        shared = detach and small.untyped_storage().nbytes() > small.nbytes
+        kept[name] = small.clone() if shared else small
     return kept

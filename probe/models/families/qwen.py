@@ -7,13 +7,13 @@ back to 1-D positions and says nothing; from it, it finds the images as runs, so
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 from torch import Tensor
 
 from probe.models.encoding import Batch, ImageTokens, grid_places
-from probe.models.family import Family, Images
+from probe.models.family import Family, Images, running_positions
 
 if TYPE_CHECKING:
     from probe.models.model import Model
@@ -36,6 +36,16 @@ def finish(model: Model, batch: Batch) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (batch.inputs["input_ids"] == model.config.image_token_id).int()}
 
 
+def positions(model: Model, batch: Batch) -> Tensor:
+    """Time, row and column of every position; without images they are all the running count."""
+    given = batch.inputs
+    if "image_grid_thw" not in given:
+        return running_positions(model, batch)
+    inner = cast(Any, model.module).model
+    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+    return cast(Tensor, inner.get_rope_index(**{name: given[name] for name in names})[0])
+
+
 ALIASES_2_5 = {"qwen-vl": "Qwen/Qwen2.5-VL-7B-Instruct"} | {
     f"qwen2.5-vl-{size}b": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)
 }
@@ -49,6 +59,7 @@ QWEN2_5_VL = Family(
     in_format="<|vision_start|><|image_pad|><|vision_end|>",
     process_images=process_images,
     finish=finish,
+    positions=positions,
     adjacent_images=False,
     aliases=ALIASES_2_5,
 )
