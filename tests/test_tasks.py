@@ -23,7 +23,16 @@ from probe.data.scenes import (
     held_out,
     render,
 )
-from probe.data.tasks import DRAW_RULE, TASKS, answer_item, draw_items, draw_scene, synthetic_episodes
+from probe.data.tasks import (
+    DRAW_RULE,
+    FIXED,
+    TASKS,
+    answer_item,
+    draw_items,
+    draw_scene,
+    fixed_rule,
+    synthetic_episodes,
+)
 from probe.data.words import CUES, ENGLISH, LANGUAGES, NONCE, NUMERALS, PLURALS, UNCUED
 from probe.errors import UsageError
 
@@ -375,3 +384,36 @@ def test_words_belong_to_one_table_only() -> None:
     assert all(word.split() == [word] for word in words)
     assert len(PLURALS) == len(ENGLISH["kind"])
     assert set(CUES) == set(ATTRIBUTES)
+
+
+# --- Fixed rules -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [*FIXED, "operator-text:2", "binding-cued:kind-3", "binding-uncued:size-0"])
+def test_a_fixed_rule_is_the_same_in_all_episodes(task):
+    episodes = synthetic_episodes(task, shots=2, n=6, seed=5)
+    assert len({str(episode.info) for episode in episodes}) == 1
+    answers = {x.info[episodes[0].info["attribute"]]: x.answer for e in episodes for x in e.examples}
+    assert all(answers[x.info[episodes[0].info["attribute"]]] == x.answer for e in episodes for x in e.examples)
+    assert synthetic_episodes(task, shots=2, n=6, seed=5) == episodes
+
+
+def test_every_operator_and_recognition_task_has_a_name():
+    drawn = {str(fixed_rule(task)) for task in FIXED}
+    rng = np.random.default_rng(0)
+    assert drawn == {str(DRAW_RULE[task](rng)) for task in ("operator", "recognition") for _ in range(300)}
+
+
+def test_bindings_of_different_numbers_differ():
+    labels = [fixed_rule(f"binding-cued:colour-{number}").labels for number in range(5)]
+    assert len({str(label) for label in labels}) == 5
+    assert fixed_rule("binding-cued:colour-1").labels == fixed_rule("binding-uncued:colour-1").labels
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["operator:6", "operator:x", "recognition:colour", "recognition:colour-greek", "vqa:1", "binding-cued:hue-1"],
+)
+def test_a_rule_that_does_not_exist_is_refused(task):
+    with pytest.raises(UsageError, match="There is no rule"):
+        synthetic_episodes(task, shots=1, n=1)

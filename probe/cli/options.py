@@ -35,7 +35,8 @@ class Material:
         split is the pool, its validation split is asked.
     task
         A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the
-        end (recognition-text) pictures are replaced by words. The default is recognition, of copy-rate vqa.
+        end (recognition-text) pictures are replaced by words, and with a colon a rule is the same in all episodes
+        (operator:3, recognition:colour-italian, binding-uncued:kind-0). The default is recognition, of copy-rate vqa.
     episodes
         How many episodes; with --data at most one for each example.
     seed
@@ -81,7 +82,7 @@ class Material:
     @property
     def what(self) -> str:
         """A short name of what is read, for directories."""
-        return self.data.stem if self.data is not None else self.task or self.default_task
+        return self.data.stem if self.data is not None else (self.task or self.default_task).replace(":", "-")
 
     def check(self) -> None:
         """Refuse options that do not go together.

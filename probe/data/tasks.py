@@ -14,6 +14,10 @@ task                    question            answer
 Each task but ``describe`` has a text-only twin (``<task>-text``): the picture is replaced by its four attribute words,
 so that perception and induction can be told apart.
 
+What a task draws afresh in each episode can be fixed behind a colon, so that one vector can stand for it in all
+episodes: ``operator:3`` (k = 3), ``recognition:colour-french``, ``binding-uncued:kind-0`` (the first of ever so many
+fixed bindings of kinds to nonce words).
+
 A task draws a *rule* for an episode and then items that follow it. :func:`draw_episode` gives these as plain data, and
 :func:`synthetic_episodes` renders them.
 """
@@ -105,9 +109,71 @@ DRAW_RULE: dict[str, Callable[[np.random.Generator], Rule]] = {
     "describe": _describe,
 }
 
+
+def _fix_operator(task: str, detail: str) -> Rule:
+    shift = int(detail)
+    if not 1 <= shift <= MAX_SHIFT:
+        raise ValueError
+    return Rule(task, attribute="count", shift=shift)
+
+
+def _fix_recognition(task: str, detail: str) -> Rule:
+    attribute, language = detail.split("-")
+    if attribute not in ATTRIBUTES or language not in LANGUAGES:
+        raise ValueError
+    return Rule(task, attribute=attribute, language=language)
+
+
+def _fix_binding(task: str, detail: str) -> Rule:
+    attribute, number = detail.split("-")
+    if attribute not in ATTRIBUTES:
+        raise ValueError
+    return bind(task, attribute, 4, np.random.default_rng((7, int(number))))
+
+
+_FIX_RULE: dict[str, Callable[[str, str], Rule]] = {
+    "recognition": _fix_recognition,
+    "binding-cued": _fix_binding,
+    "binding-uncued": _fix_binding,
+    "operator": _fix_operator,
+}
+FIXED = tuple(f"recognition:{attribute}-{language}" for attribute in ATTRIBUTES for language in LANGUAGES) + tuple(
+    f"operator:{shift}" for shift in range(1, MAX_SHIFT + 1)
+)
+"""Every recognition task and every operator, for commands that go through them."""
+
 TEXT_SUFFIX = "-text"
 TASKS = (*DRAW_RULE, *(task + TEXT_SUFFIX for task in DRAW_RULE if task != "describe"))
 """The names of all tasks, text-only twins included."""
+
+
+def fixed_rule(name: str) -> Rule | None:
+    """The rule that the name of a task fixes behind a colon; ``None`` if it fixes none.
+
+    Raises
+    ------
+    UsageError
+        If there is no such task or rule.
+
+    Examples
+    --------
+    >>> fixed_rule("operator:3").shift
+    3
+    """
+    task, colon, detail = name.partition(":")
+    if task not in TASKS:
+        raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
+    if not colon:
+        return None
+    plain = task.removesuffix(TEXT_SUFFIX)
+    try:
+        return _FIX_RULE[plain](plain, detail)
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"There is no rule {detail!r} of the task {task}; write operator:1 to operator:{MAX_SHIFT}, "
+            f"recognition:ATTRIBUTE-LANGUAGE ({', '.join(ATTRIBUTES)}; {', '.join(LANGUAGES)}), or "
+            "binding-cued:ATTRIBUTE-NUMBER and binding-uncued:ATTRIBUTE-NUMBER."
+        ) from None
 
 
 def draw_scene(
@@ -199,7 +265,7 @@ def synthetic_episodes(
     Parameters
     ----------
     task
-        One of :data:`TASKS`.
+        One of :data:`TASKS`, or one of them with a rule that is the same in all episodes (``operator:3``).
     shots
         Demonstrations in each episode.
     n
@@ -221,10 +287,9 @@ def synthetic_episodes(
     UsageError
         If there is no such task, or a number is out of range.
     """
-    if task not in TASKS:
-        raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
+    fixed_rule(task)  # refuses what does not exist
     check_request(shots, n, seed)
-    as_text = task.endswith(TEXT_SUFFIX)
+    as_text = shown_as_text(task)
     episodes = []
     for index in range(n):
         drawn = draw_episode(
@@ -266,11 +331,26 @@ def draw_episode(
     novel_pair_query: bool = False,
 ) -> DrawnEpisode:
     """Episode ``index`` of :func:`synthetic_episodes`, as plain data."""
-    task = task.removesuffix(TEXT_SUFFIX)
-    rng = np.random.default_rng((seed, index, list(DRAW_RULE).index(task)))
-    rule = DRAW_RULE[task](rng)
+    plain = plain_task(task)
+    rng = np.random.default_rng((seed, index, list(DRAW_RULE).index(plain)))
+    drawn = DRAW_RULE[plain](rng)
+    rule = fixed_rule(task) or drawn
     items = draw_items(rule, shots + 1, rng, query_in_context=query_in_context, novel_pair_query=novel_pair_query)
     return DrawnEpisode(rule, tuple(items), tuple(int(rng.integers(2**31)) for _ in items))
+
+
+def plain_task(name: str) -> str:
+    """A task's name in :data:`DRAW_RULE`, without a fixed rule and for both twins.
+
+    >>> plain_task("operator-text:3")
+    'operator'
+    """
+    return name.partition(":")[0].removesuffix(TEXT_SUFFIX)
+
+
+def shown_as_text(name: str) -> bool:
+    """Whether a task is the text-only twin."""
+    return name.partition(":")[0].endswith(TEXT_SUFFIX)
 
 
 POOLED = ("vqa", "recognition", "operator", "describe")
@@ -306,9 +386,8 @@ def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test
     UsageError
         If there is no such task, or its examples cannot be pooled.
     """
-    if task not in TASKS:
-        raise UsageError(f"There is no task {task!r}; {did_you_mean(task, TASKS)}")
-    if task.removesuffix(TEXT_SUFFIX) not in POOLED:
+    fixed_rule(task)  # refuses what does not exist
+    if plain_task(task) not in POOLED:
         raise UsageError(
             f"The examples of {task} cannot be pooled: their words are bound afresh in each episode. Choose "
             f"{', '.join(POOLED)}, or take whole episodes."
@@ -320,7 +399,7 @@ def synthetic_examples(task: str, *, n: int, seed: int = 0, split: Split = "test
         rule, item, picture = drawn.rule, drawn.items[0], drawn.pictures[0]
         shift = None if rule.shift is None else f"plus {rule.shift}"
         hidden = " ".join(filter(None, (rule.attribute, rule.language if rule.attribute else None, shift)))
-        example = _example(f"{task}-{seed}-{index}", item, task.endswith(TEXT_SUFFIX), picture, split)
+        example = _example(f"{task}-{seed}-{index}", item, shown_as_text(task), picture, split)
         examples.append(replace(example, info={**example.info, "group": hidden or item.question}))
     return examples
 
