@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from probe.trace.edit import Edit
     from probe.trace.read import read
     from probe.trace.steer import Steered, inject
+    from probe.vectors.vector import InContextVector
 
 # Loaded at first use, so that `probe --help` loads no torch.
 _HOMES = {
@@ -98,12 +99,14 @@ _HOMES = {
     "read": "probe.trace.read",
     "Steered": "probe.trace.steer",
     "inject": "probe.trace.steer",
+    "InContextVector": "probe.vectors.vector",
 }
 
 __all__ = [
     "Edit",
     "Episode",
     "Example",
+    "InContextVector",
     "Intervention",
     "Model",
     "ProbeError",

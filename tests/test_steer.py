@@ -46,7 +46,7 @@ class Push:
     def check(self, model):
         pass
 
-    def edits(self, *, scale=1.0, layers=None, heads=None):
+    def edits(self, *, scale=1.0, layers=None, heads=None, rows=None):
         def fn(value, context):
             return value + scale * self.size * torch.linspace(-1, 1, value.shape[-1])
 

@@ -105,11 +105,12 @@ def _compute(
     """Do the work of a run that is not finished."""
     from probe.cli.running import finish, load_model, manifest
     from probe.experiments import saliency as experiment
+    from probe.trace.gradients import check_gradients
 
     with reporter.step("loading the model"):
         model = load_model(source, located)
         model.choose_layers(layers)  # what the model does not have is refused before anything is written
-        experiment.check_gradients(model)
+        check_gradients(model)
     with manifest(run, model, episodes), reporter.progress("reading episodes", len(episodes)) as progress:
         result = experiment.saliency(
             model, episodes, layers=layers, batch_size=batch_size, keep=run.part, progress=progress

@@ -28,8 +28,9 @@ from probe.experiments.interventions import HALVES, halves, means_of_other_half
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.store import Keep
-from probe.trace.ablate import ANSWER, mean_heads
+from probe.trace.ablate import mean_heads
 from probe.trace.likelihood import answer_log_probability
+from probe.trace.rows import ANSWER
 
 
 def head_effects(

@@ -38,18 +38,17 @@ from probe.models.model import Model
 from probe.models.sites import Axis
 from probe.models.token_map import ROLES, TokenMap, parse_selection
 from probe.trace.ablate import (
-    ANSWER,
     N_KINDS,
     Keys,
     count_hidden,
     hide_keys,
     kinds,
     mean_heads,
-    parse_rows,
     uniform_attention,
 )
 from probe.trace.edit import Context, Edit
 from probe.trace.read import LayerValues, read
+from probe.trace.rows import ANSWER, parse_rows
 
 Method = Literal["knockout", "uniform", "mean", "zero"]
 Control = Literal["keys", "heads"]

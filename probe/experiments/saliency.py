@@ -10,8 +10,7 @@ layer's matrix of weights, and its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +31,7 @@ from probe.models.model import Model
 from probe.segments import QUERY
 from probe.store import Keep, key
 from probe.trace.edit import Context, Edit
+from probe.trace.gradients import check_gradients, frozen
 from probe.trace.likelihood import total_log_probability
 from probe.trace.read import read
 
@@ -127,26 +127,6 @@ def saliency(
     return result
 
 
-def check_gradients(model: Model) -> None:
-    """Refuse a model whose gradients would be missing or wrong.
-
-    Raises
-    ------
-    UsageError
-        If gradient checkpointing is on, or weights are too coarse for small gradients.
-    """
-    if any(getattr(part, "gradient_checkpointing", False) for part in model.module.modules()):
-        raise UsageError(
-            f"{model.name} has gradient checkpointing on, which runs layers twice and loses the gradient of their "
-            "attention; call module.gradient_checkpointing_disable() first."
-        )
-    if model.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UsageError(
-            f"The weights of {model.name} are {str(model.dtype).removeprefix('torch.')}, in which small gradients "
-            "become zero; use float32 or bfloat16 (--dtype)."
-        )
-
-
 @dataclass(frozen=True)
 class LayerSaliency:
     """Of one layer and a batch.
@@ -194,7 +174,7 @@ def layer_saliency(model: Model, batch: Batch, layer: int) -> LayerSaliency:
             found["residual"] = off.amax(-1)
         return outputs.transpose(1, 2).to(value.dtype)
 
-    with _frozen(model.module):
+    with frozen(model.module):
         longest = max(len(encoding) - encoding.n_prompt for encoding in batch.encodings)
         reading = read(model, batch, edits=[Edit("heads", layer, put_back)], logits_to_keep=1 + longest, gradients=True)
         loss = torch.stack([-total_log_probability(*of) for of in zip(reading.logits, batch.encodings, strict=True)])
@@ -218,19 +198,6 @@ def groups_of(encoding: Encoding, device: torch.device) -> Groups:
 
     q = torch.arange(n, device=device) == n - 1
     return Groups(q, each("image"), each("question"), each("answer"), mark("image", QUERY), mark("question", QUERY))
-
-
-@contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Without gradients of the parameters; else the graph would hold everything below the layer too."""
-    asked = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def _measure(model: Model, episodes: Sequence[Episode], layers: Sequence[int], most: int) -> xr.Dataset:

@@ -33,11 +33,10 @@ from probe.models.sites import Axis
 from probe.models.token_map import ROLES, Selection, parse_selection
 from probe.segments import QUERY
 from probe.trace.edit import Attention, Context, Edit
+from probe.trace.rows import ANSWER, Asked, meant, parse_rows
 
 Keys = str | Callable[[Encoding], NDArray[np.bool_]]
 """A name, or for an encoding which of its positions on the axis are meant, ``[n]``."""
-
-ANSWER = "answer"
 
 
 def hide_keys(
@@ -187,11 +186,6 @@ def zero_head(layer: int, head: int, axis: Axis = "text") -> Edit:
     return Edit("heads", layer, fn, axis)
 
 
-def parse_rows(rows: str) -> Selection | None:
-    """Read the name of rows; ``None`` are those that predict the query's answer."""
-    return None if rows == ANSWER else parse_selection(rows)
-
-
 def _blocked(hidden: Selection | Callable[[Encoding], NDArray[np.bool_]], context: Context) -> Tensor:
     """``[batch, key]``, which keys of an attention call are meant."""
     batch, at = context.batch, context.attention
@@ -209,7 +203,7 @@ def _blocked(hidden: Selection | Callable[[Encoding], NDArray[np.bool_]], contex
     return found[:, -width:].to(at.k.device)  # a layer with a window keeps the last keys
 
 
-def _rows(asked: Selection | None, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(asked: Asked, context: Context) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of an attention call that are meant.
 
     Returns
@@ -220,19 +214,10 @@ def _rows(asked: Selection | None, context: Context) -> tuple[Tensor, Tensor, Te
     """
     batch, at = context.batch, context.attention
     n = at.q.shape[2]
-    meant = torch.zeros(len(batch), n, dtype=torch.bool)
-    if context.step:
-        meant[:] = asked is None or asked.holds("answer", QUERY)
-    else:
-        for row, encoding, pad in zip(meant, batch.encodings, batch.pads, strict=True):
-            if asked is None:
-                places = encoding.token_map.answer - 1 + pad
-                row[places[places < n]] = True
-            else:
-                row[pad:] = torch.from_numpy(asked.of(encoding.token_map))[: n - pad]
-    positions = torch.full((len(batch), max(1, int(meant.sum(1).max()))), n - 1)
+    chosen = meant(asked, batch, context.step, n)
+    positions = torch.full((len(batch), max(1, int(chosen.sum(1).max()))), n - 1)
     changed = torch.zeros_like(positions, dtype=torch.bool)
-    for b, row in enumerate(meant):
+    for b, row in enumerate(chosen):
         places = row.nonzero()[:, 0]
         positions[b, : len(places)], changed[b, : len(places)] = places, True
     positions, changed = positions.to(at.q.device), changed.to(at.q.device)

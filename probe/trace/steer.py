@@ -32,7 +32,12 @@ class Injectable(Protocol):
         ...
 
     def edits(
-        self, *, scale: float = 1.0, layers: Sequence[int] | None = None, heads: Sequence[tuple[int, int]] | None = None
+        self,
+        *,
+        scale: float = 1.0,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[tuple[int, int]] | None = None,
+        rows: str | None = None,
     ) -> list[Edit]:
         """The edits that it is."""
         ...
@@ -81,6 +86,7 @@ def inject(
     scale: float = 1.0,
     layers: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
+    rows: str | None = None,
 ) -> Steered:
     """Put a vector into a model.
 
@@ -92,8 +98,8 @@ def inject(
         An :class:`probe.InContextVector`, or an oracle.
     scale
         Factor on what it adds.
-    layers, heads
-        Where; default everywhere that it acts. A head is a layer and a head.
+    layers, heads, rows
+        Where; default everywhere that it acts (:meth:`probe.InContextVector.edits`). A head is a layer and a head.
 
     Returns
     -------
@@ -112,7 +118,7 @@ def inject(
     """
     plain, before = unsteered(model, ())
     vector.check(plain)
-    chosen = vector.edits(scale=scale, layers=layers, heads=heads)
+    chosen = vector.edits(scale=scale, layers=layers, heads=heads, rows=rows)
     own = {field.name: getattr(plain, field.name) for field in fields(Model)}
     factor = "" if scale == 1 else f" x {scale:g}"
     own |= {"module": _Untouchable(plain.module), "name": f"{model.name} + {vector.label}{factor}"}

@@ -1,0 +1,192 @@
+"""The contract of a method, and what is the same for all that add something at a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from probe.data.example import Episode
+from probe.errors import UsageError, did_you_mean
+from probe.models.model import Model
+from probe.trace.edit import Edit, Edited, Output
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from probe.vectors.teacher import Teacher
+    from probe.vectors.training import Training
+    from probe.vectors.vector import Head, InContextVector
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a vector is found and what it does; subclasses are tables of options.
+
+    Attributes
+    ----------
+    name
+        In files and on the command line.
+    rows
+        The positions where it acts (:meth:`probe.InContextVector.edits`).
+    """
+
+    name: ClassVar[str]
+    rows: ClassVar[str] = "all"
+
+    @property
+    def label(self) -> str:
+        """The name, with the options that are not the default ones."""
+        usual = asdict(type(self)())
+        changed = [f"{name}={value}" for name, value in asdict(self).items() if value != usual[name]]
+        return " ".join([self.name, *changed])
+
+    def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
+        """What the parameters change in a forward, in every layer."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        model: Model,
+        episodes: Sequence[Episode],
+        *,
+        training: Training | None = None,
+        teacher: Teacher | None = None,
+        directory: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> InContextVector:
+        """Find the parameters.
+
+        Parameters
+        ----------
+        model
+            Stays as it is.
+        episodes
+            With demonstrations: a model that reads them is the teacher.
+        training
+            How: batches, seed, share of the episodes that validate; for trained methods also steps and step sizes.
+        teacher
+            What was read before, to be used again by other methods.
+        directory
+            Where training keeps its state, so that it goes on where it stopped.
+        progress
+            Called with what is done and what there is to do.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a trained method is to make small: a weighted sum.
+
+    Attributes
+    ----------
+    kl
+        Weight of KL(teacher ‖ student), mean over the positions that predict the answer's tokens and its end: a vector
+        that has not learned to stop goes on talking.
+    temperature
+        Of both distributions; the term is multiplied by its square.
+    ce
+        Weight of the cross-entropy of the gold answer, mean over its tokens and the one that ends it.
+    align
+        Weight of the mean square distance to the teacher's states, over layers, the query's and the answer's positions,
+        and features.
+    align_site
+        Of these states.
+    reduction
+        ``mean`` over features and positions (as MimIC's code), or ``sum`` over them, mean over layers (as its paper).
+    synergy
+        Weight of M²IV's synergistic term: the cross-correlation of what attention and the MLP write should be diagonal.
+    off_diagonal
+        Weight of what is off its diagonal, within that term.
+    released
+        As the released codes of LIVE and MimIC have it: distributions are compared at the positions *of* the answer's
+        tokens, which leaves out the prediction of the first, with 1e-6 added to the probabilities; and cross-entropy
+        runs over all that the student reads.
+    """
+
+    kl: float = 0.0
+    temperature: float = 1.0
+    ce: float = 0.0
+    align: float = 0.0
+    align_site: Output = "mlp_output"
+    reduction: Literal["mean", "sum"] = "mean"
+    synergy: float = 0.0
+    off_diagonal: float = 5e-3
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.kl, self.ce, self.align, self.synergy, self.off_diagonal) < 0 or self.temperature <= 0:
+            raise UsageError("Weights of losses are 0 or more, and a temperature is more than 0.")
+        if not any((self.kl, self.ce, self.align, self.synergy)):
+            raise UsageError("All losses have weight 0: there is nothing to learn from. Give one of them a weight.")
+        check_site(self.align_site, get_args(Output))
+        if self.reduction not in ("mean", "sum"):
+            raise UsageError(f"There is no reduction {self.reduction!r}; choose mean or sum.")
+
+
+@dataclass(frozen=True)
+class Trained(Method):
+    """A method whose parameters are learned by gradient descent, the model frozen."""
+
+    @property
+    def objective(self) -> Objective:
+        """What is to become small."""
+        raise NotImplementedError
+
+    def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
+        """The parameters before training, float32 on the CPU."""
+        raise NotImplementedError
+
+    def step_size(self, name: str) -> float:
+        """How fast a parameter learns, unless told otherwise."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        model: Model,
+        episodes: Sequence[Episode],
+        *,
+        training: Training | None = None,
+        teacher: Teacher | None = None,
+        directory: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> InContextVector:
+        """Train; see :mod:`probe.vectors.training`."""
+        from probe.vectors.training import train
+
+        return train(self, model, episodes, training=training, teacher=teacher, directory=directory, progress=progress)
+
+
+def add(site: Edited, layer: int, shift: Tensor) -> Edit:
+    """Add ``[hidden]`` at every position.
+
+    In float32 at least, whatever the model's type; adding zeros changes no bit.
+    """
+
+    def fn(value: Tensor, _: object) -> Tensor:
+        return (widen(value) + shift.to(value.device)).to(value.dtype)
+
+    return Edit(site, layer, fn)
+
+
+def widen(value: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def refuse_heads(method: Method, heads: Sequence[Head] | None) -> None:
+    """For methods that act on whole layers."""
+    if heads is not None:
+        raise UsageError(f"{method.name} acts on whole layers, not on single heads; choose layers.")
+
+
+def check_site(site: str, known: Sequence[str]) -> None:
+    """Refuse a site that does not exist."""
+    if site not in known:
+        raise UsageError(f"There is no site {site!r} here; {did_you_mean(site, tuple(known))}")

@@ -1,0 +1,134 @@
+"""MimIC: one vector a head, added before the output projection, sized by the query.
+
+    o_h' = o_h + mu_h(q) v_h,    mu_h(q) = sigmoid(log Z1_h(q) - log Z2_h(q)),    log Z1_h(q) = w_h·q + b_h
+
+Z2 is the head's own partition function, so mu is the attention mass that one virtual key with the learned logit
+``w·q + b`` would take. It stands for the mass of the demonstrations, and v for SA_D - SA_Q, which is taken to be the
+same for all queries. q is after rotary embedding and not scaled. Found by aligning the student's states with those of a
+teacher that reads demonstrations, + 0.5 cross-entropy.
+
+What differs from the released code, unless ``released``: Z2 is summed over the keys that the row can see (the released
+one sums over later keys and padding too, in training and prefill but not in decoding), and cross-entropy is that of the
+answer. Not reproduced in either case: the padding tokens with which the released code separates query and answer.
+
+References
+----------
+Jiang et al., "Mimic In-Context Learning for Multimodal Tasks", CVPR 2025, arXiv 2504.08851; start, losses and step
+sizes as in its code (commit 9eda50b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from probe.errors import UsageError, did_you_mean
+from probe.measures.partition import log_partition
+from probe.models.model import Model
+from probe.trace.edit import Attention, Context, Edit, Output
+from probe.vectors.method import Objective, Parameters, Trained, widen
+from probe.vectors.vector import Head
+
+Size = Literal["head", "shared", "constant"]
+
+
+@dataclass(frozen=True)
+class Mimic(Trained):
+    """MimIC's options.
+
+    Attributes
+    ----------
+    size
+        ``head``: every head has its own mu. ``shared``: one for a layer, from all its queries and the mean of log Z2
+        ("head-sharing"). ``constant``: mu is 1 ("query-sharing").
+    align_site
+        What is aligned: ``mlp_output`` (as released), ``attention_output`` or ``layer_output``.
+    align, ce, kl
+        Weights of the losses.
+    reduction
+        Of the distance (:class:`~probe.vectors.method.Objective`).
+    released
+        Z2 and cross-entropy as in the released code.
+    """
+
+    size: Size = "head"
+    align_site: Output = "mlp_output"
+    align: float = 1.0
+    ce: float = 0.5
+    kl: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
+    released: bool = False
+    name: ClassVar[str] = "mimic"
+
+    def __post_init__(self) -> None:
+        if self.size not in get_args(Size):
+            raise UsageError(f"There is no size {self.size!r} of MimIC; {did_you_mean(self.size, get_args(Size))}")
+
+    @property
+    def objective(self) -> Objective:
+        """Distance to the teacher's states and cross-entropy."""
+        return Objective(
+            kl=self.kl,
+            ce=self.ce,
+            align=self.align,
+            align_site=self.align_site,
+            reduction=self.reduction,
+            released=self.released,
+        )
+
+    def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
+        """Nearly nothing: vectors of standard deviation 0.001."""
+        layers, heads, width = model.n_layers, model.n_heads, model.head_dim
+        found = {"v": 1e-3 * torch.randn(layers, heads, width, generator=generator)}
+        if self.size != "constant":
+            found["w"] = 0.02 * torch.randn(layers, heads, width, generator=generator)
+            found["b"] = torch.zeros((layers, heads) if self.size == "head" else (layers,))
+        return found
+
+    def step_size(self, name: str) -> float:
+        """As published."""
+        return 5e-3
+
+    def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
+        """One a layer."""
+        v = parameters["v"]
+        n_layers, n_heads, _ = v.shape
+        check_heads(heads, n_layers, n_heads)
+        chosen = torch.ones(n_layers, n_heads) if heads is None else torch.zeros(n_layers, n_heads)
+        for layer, head in heads or ():
+            chosen[layer, head] = 1
+        layers = [layer for layer in range(n_layers) if bool(chosen[layer].any())]
+        return [self._edit(layer, parameters, scale * chosen[layer]) for layer in layers]
+
+    def _edit(self, layer: int, parameters: Parameters, factor: Tensor) -> Edit:
+        def fn(value: Tensor, context: Context) -> Tensor:
+            shift = (factor[:, None] * parameters["v"][layer]).to(value.device)
+            if self.size != "constant":
+                w, b = parameters["w"][layer].to(value.device), parameters["b"][layer].to(value.device)
+                shift = self._mu(context.attention, w, b)[..., None] * shift
+            return (widen(value) + shift).to(value.dtype)
+
+        return Edit("heads", layer, fn)
+
+    def _mu(self, at: Attention, w: Tensor, b: Tensor) -> Tensor:
+        """``[batch, position, head]``; one for all heads if shared."""
+        logit = torch.einsum("bhnd,hd->bnh", widen(at.q), w)
+        mask, causal = (None, False) if self.released else (at.mask, at.causal)
+        log_z2 = log_partition(at.q, at.k, mask, at.scale, causal).transpose(1, 2)
+        if self.size == "shared":
+            logit, log_z2 = logit.sum(-1, keepdim=True), log_z2.mean(-1, keepdim=True)
+        return torch.sigmoid(logit + b - log_z2)
+
+
+def check_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> None:
+    """Refuse heads that do not exist."""
+    wrong = [(a, b) for a, b in heads or () if not (0 <= a < n_layers and 0 <= b < n_heads)]
+    if wrong:
+        raise UsageError(
+            f"There are layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}; asked for "
+            f"{', '.join(f'{a}.{b}' for a, b in wrong)}."
+        )

@@ -1,0 +1,348 @@
+"""Learning a vector: one loop for all methods, the model frozen.
+
+The student reads the query alone through the method's edits; the teacher has read the demonstrations
+(:mod:`probe.vectors.teacher`). Parameters are float32 whatever the model's type; AdamW, a cosine after a warm-up,
+gradients clipped. After each epoch the episodes that validate are read, the best parameters are remembered, and the
+state of the training is written, so that training that was stopped goes on where it was: the same numbers come out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probe.data.example import Episode
+from probe.data.manifest import content_key
+from probe.errors import ProbeError, UsageError
+from probe.models.model import Model
+from probe.segments import QUERY
+from probe.store import key, write_bytes
+from probe.trace.edit import Output
+from probe.trace.gradients import check_gradients, frozen
+from probe.trace.read import LayerValues, read
+from probe.trace.steer import unsteered
+from probe.vectors import losses
+from probe.vectors.method import Method, Objective, Trained
+from probe.vectors.teacher import Lesson, Teacher, flat_places, merged
+from probe.vectors.vector import InContextVector, model_facts
+
+STATE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    Attributes
+    ----------
+    epochs
+        How often each episode is read.
+    batch_size
+        Episodes in one step.
+    speed
+        Factor on the method's published step sizes.
+    weight_decay
+        Of all parameters but biases.
+    warm_up
+        Share of the steps in which the step size rises.
+    clip
+        Largest norm of the gradient.
+    validation
+        Share of the episodes that validate and are not learned from.
+    patience
+        Epochs without a better validation after which training stops; 0 never stops early.
+    seed
+        Of the start, the order and the choice of what validates.
+    """
+
+    epochs: int = 10
+    batch_size: int = 16
+    speed: float = 1.0
+    weight_decay: float = 1e-3
+    warm_up: float = 0.1
+    clip: float = 1.0
+    validation: float = 0.2
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.patience < 0 or self.seed < 0:
+            raise UsageError(
+                "Training has one epoch or more, batches of one or more, and patience and seed are 0 or more."
+            )
+        if self.speed <= 0 or self.clip <= 0 or self.weight_decay < 0:
+            raise UsageError("Speed and clip are more than 0, and weight decay is 0 or more.")
+        if not (0 <= self.validation < 1 and 0 <= self.warm_up < 1):
+            raise UsageError("The shares of validation and warm-up are 0 or more and less than 1.")
+
+
+def split(episodes: Sequence[Episode], training: Training) -> tuple[list[Episode], list[Episode]]:
+    """Episodes to learn from, and to validate with."""
+    order = np.random.default_rng((training.seed, 3)).permutation(len(episodes))
+    n = round(training.validation * len(episodes))
+    chosen = set(order[:n].tolist())
+    if not episodes or n == len(episodes):
+        raise UsageError("There are no episodes to learn from; give more, or let fewer validate.")
+    return (
+        [episode for i, episode in enumerate(episodes) if i not in chosen],
+        [episode for i, episode in enumerate(episodes) if i in chosen],
+    )
+
+
+def describe(model: Model, method: Method, episodes: Sequence[Episode], training: Training) -> dict[str, Any]:
+    """The card of a vector: what it is for, and what it is from."""
+    return {
+        "model": {
+            **model_facts(model),
+            "name": model.name,
+            "origin": model.origin,
+            "family": model.family.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "caveat": model.caveat,
+        },
+        "data": {
+            "episodes": len(episodes),
+            "shots": sorted({episode.shots for episode in episodes}),
+            "strategies": sorted({episode.strategy for episode in episodes}),
+            "key": content_key(episodes),
+        },
+        "training": asdict(training),
+    }
+
+
+def train(
+    method: Trained,
+    model: Model,
+    episodes: Sequence[Episode],
+    *,
+    training: Training | None = None,
+    teacher: Teacher | None = None,
+    directory: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> InContextVector:
+    """Learn a method's parameters; the arguments are those of :meth:`probe.vectors.method.Method.fit`.
+
+    Raises
+    ------
+    UsageError
+        If a number is out of range, an episode has no demonstrations, or the model's gradients would be wrong.
+    ProbeError
+        If an episode cannot be read, the loss is not finite, or the state in ``directory`` is of another training.
+    """
+    model, steering = unsteered(model, ())
+    if steering:
+        raise UsageError("A vector is trained on a model as it is; give the one that was steered.")
+    check_gradients(model)
+    options, objective = training or Training(), method.objective
+    learn, validate = split(episodes, options)
+    teacher = teacher or Teacher(model)
+    site = objective.align_site if objective.align else None
+    lessons = teacher.lessons(learn, site, batch_size=options.batch_size)
+    checks = teacher.lessons(validate, site, batch_size=options.batch_size)
+    card = describe(model, method, episodes, options)
+    name = key({"method": method.name, "options": asdict(method), **card})
+    state = _State.start(method, model, options, name)
+    if directory is not None:
+        state.resume(Path(directory) / STATE)
+    n_batches = math.ceil(len(lessons) / options.batch_size)
+    with frozen(model.module):
+        while state.epoch < options.epochs and not state.exhausted(options.patience):
+            order = np.random.default_rng((options.seed, state.epoch)).permutation(len(lessons))
+            sums: dict[str, float] = {}
+            for number in range(n_batches):
+                chosen = order[number * options.batch_size : (number + 1) * options.batch_size]
+                terms = losses_of(method, model, state.parameters, [lessons[i] for i in chosen], teacher, objective)
+                state.step(terms["loss"], state.epoch * n_batches + number, options.epochs * n_batches, options)
+                for term, value in terms.items():
+                    sums[term] = sums.get(term, 0.0) + float(value.detach()) / n_batches
+                if progress:
+                    progress(state.epoch * n_batches + number + 1, options.epochs * n_batches)
+            state.end_epoch(sums, _validate(method, model, state.parameters, checks, teacher, objective, options))
+            if directory is not None:
+                state.save(Path(directory) / STATE)
+    return InContextVector(method, state.best, {**card, "curve": state.curve, "best_epoch": state.best_epoch})
+
+
+def _validate(
+    method: Trained,
+    model: Model,
+    parameters: Mapping[str, Tensor],
+    lessons: Sequence[Lesson],
+    teacher: Teacher,
+    objective: Objective,
+    options: Training,
+) -> float | None:
+    """Mean loss over lessons; ``None`` if there are none."""
+    if not lessons:
+        return None
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(lessons), options.batch_size):
+            part = lessons[start : start + options.batch_size]
+            terms = losses_of(method, model, parameters, part, teacher, objective, gradients=False)
+            total += float(terms["loss"]) * len(part)
+    return total / len(lessons)
+
+
+def losses_of(
+    method: Trained,
+    model: Model,
+    parameters: Mapping[str, Tensor],
+    lessons: Sequence[Lesson],
+    teacher: Teacher,
+    objective: Objective,
+    *,
+    gradients: bool = True,
+) -> dict[str, Tensor]:
+    """The terms of the loss of a batch, and ``loss``, their weighted sum."""
+    students = [lesson.student for lesson in lessons]
+    batch = model.batch(students)
+    sites: list[Output] = [objective.align_site] if objective.align else []
+    sites += [site for site in ("attention_output", "mlp_output") if objective.synergy and site not in sites]
+    rows = [torch.from_numpy(np.flatnonzero(student.token_map.demonstration == QUERY)) for student in students]
+    places = flat_places(batch, rows)
+
+    def reduce(values: LayerValues) -> dict[str, Tensor]:
+        return {site: getattr(values, site)[places] for site in sites}
+
+    whole = objective.released and objective.ce > 0
+    keep = batch.length if whole else 1 + max(len(student) - student.n_prompt for student in students)
+    edits = method.edits(parameters)
+    reading = read(model, batch, sites, reduce if sites else None, edits, logits_to_keep=keep, gradients=gradients)
+    own = [row[-(1 + len(s) - s.n_prompt) :] for row, s in zip(reading.logits, students, strict=True)]
+    terms: dict[str, Tensor] = {}
+    if objective.kl:
+        terms["kl"] = _distil(own, [lesson.logits for lesson in lessons], objective)
+    if objective.ce and whole:
+        full = [row[-len(s) :][:-1] for row, s in zip(reading.logits, students, strict=True)]
+        terms["ce"] = losses.cross_entropy(full, [s.ids[1:] for s in students])
+    elif objective.ce:
+        ends = [torch.cat([s.ids[s.n_prompt :], torch.tensor([x.end])]) for s, x in zip(students, lessons, strict=True)]
+        terms["ce"] = losses.cross_entropy(own, ends)
+    by_layer = merged(reading.layers, reading.cross)
+    stacked = {site: torch.stack([by_layer[layer][site] for layer in range(model.n_layers)]) for site in sites}
+    if objective.align:
+        wanted = torch.cat(teacher.states(lessons, objective.align_site), 1).to(model.device)
+        lengths = [len(row) for row in rows]
+        terms["align"] = losses.distance(stacked[objective.align_site], wanted, lengths, objective.reduction)
+    if objective.synergy:
+        terms["synergy"] = losses.synergy(stacked["attention_output"], stacked["mlp_output"], objective.off_diagonal)
+    weights = asdict(objective)
+    return {**terms, "loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum()}
+
+
+def _distil(student: Sequence[Tensor], teacher: Sequence[Tensor], objective: Objective) -> Tensor:
+    """KL at the predictions of the answer's tokens and of its end; as released, without the first."""
+    cut = slice(1 if objective.released else 0, None)
+    wanted = torch.cat([logits[cut] for logits in teacher]).to(student[0].device)
+    floor = 1e-6 if objective.released else 0.0
+    return losses.distillation(
+        torch.cat([logits[cut] for logits in student]), wanted, objective.temperature, floor=floor
+    )
+
+
+class _State:
+    """Where a training stands."""
+
+    def __init__(self, name: str, parameters: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:
+        self.name = name
+        self.parameters = parameters
+        self.optimiser = optimiser
+        self.epoch = 0
+        self.best_epoch = 0
+        self.curve: list[dict[str, float]] = []
+        self.best = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+
+    @classmethod
+    def start(cls, method: Trained, model: Model, options: Training, name: str) -> _State:
+        """Before the first step."""
+        generator = torch.Generator().manual_seed(options.seed)
+        parameters = {
+            part: torch.nn.Parameter(value.to(model.device)) for part, value in method.start(model, generator).items()
+        }
+        groups = [
+            {
+                "params": [value],
+                "lr": options.speed * method.step_size(part),
+                "weight_decay": 0.0 if part == "b" else options.weight_decay,
+            }
+            for part, value in parameters.items()
+        ]
+        optimiser = torch.optim.AdamW(groups)
+        for group in optimiser.param_groups:
+            group["full"] = group["lr"]
+        return cls(name, dict(parameters), optimiser)
+
+    def step(self, loss: Tensor, number: int, total: int, options: Training) -> None:
+        """One step down."""
+        if not bool(torch.isfinite(loss)):
+            raise ProbeError(
+                f"The loss is not finite in step {number + 1}; lower the step size (--speed), or use float32 (--dtype)."
+            )
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip)
+        rise = max(1, round(options.warm_up * total))
+        share = (
+            (number + 1) / rise if number < rise else 0.5 + 0.5 * math.cos(math.pi * (number - rise) / (total - rise))
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full"] * share
+        self.optimiser.step()
+
+    def end_epoch(self, terms: Mapping[str, float], validation: float | None) -> None:
+        """Write down how it went, and remember the best."""
+        self.epoch += 1
+        self.curve.append({"epoch": self.epoch, **terms, **({} if validation is None else {"validation": validation})})
+        checked = [point["validation"] for point in self.curve if "validation" in point]
+        if validation is None or validation <= min(checked):
+            self.best = {name: value.detach().cpu().clone() for name, value in self.parameters.items()}
+            self.best_epoch = self.epoch
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether it did not get better for too long."""
+        return patience > 0 and self.epoch - self.best_epoch >= patience
+
+    def save(self, path: Path) -> None:
+        """Write the state down."""
+        from safetensors.torch import save
+
+        tensors = {f"best.{name}": value for name, value in self.best.items()}
+        for name, value in self.parameters.items():
+            tensors[f"parameter.{name}"] = value.detach().cpu().contiguous()
+            for part, moment in self.optimiser.state[value].items():
+                tensors[f"{part}.{name}"] = moment.cpu().contiguous()
+        about = {"name": self.name, "epoch": self.epoch, "best_epoch": self.best_epoch, "curve": self.curve}
+        write_bytes(path, save(tensors, {"state": json.dumps(about)}))
+
+    def resume(self, path: Path) -> None:
+        """Go on from a state that was written down, if there is one."""
+        from safetensors import SafetensorError, safe_open
+
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ProbeError(f"{path} is not the state of a training ({error}); delete it to begin anew.") from error
+        if about["name"] != self.name:
+            raise ProbeError(f"{path} is the state of another training; choose another directory, or delete it.")
+        self.epoch, self.best_epoch, self.curve = about["epoch"], about["best_epoch"], about["curve"]
+        for name, value in self.parameters.items():
+            with torch.no_grad():
+                value.copy_(tensors[f"parameter.{name}"])
+            self.optimiser.state[value] = {
+                part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else value.device)
+                for part in ("step", "exp_avg", "exp_avg_sq")
+            }
+            self.best[name] = tensors[f"best.{name}"]
