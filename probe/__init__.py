@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from probe.experiments.ranking import rank_heads
     from probe.experiments.reliance import modality_reliance
     from probe.experiments.saliency import saliency
+    from probe.experiments.shift_map import shift_map
     from probe.experiments.task_split import task_split
     from probe.models.load import load
     from probe.models.model import Model
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from probe.plots.linear_probe import plot_linear_probe
     from probe.plots.overlay import plot_overlay
     from probe.plots.saliency import plot_saliency
+    from probe.plots.shift_map import plot_shift_map
     from probe.plots.task_split import plot_task_split
     from probe.plots.text_or_image import plot_text_or_image
     from probe.trace.ablate import zero_head
@@ -78,6 +80,7 @@ _HOMES = {
     "rank_heads": "probe.experiments.ranking",
     "modality_reliance": "probe.experiments.reliance",
     "saliency": "probe.experiments.saliency",
+    "shift_map": "probe.experiments.shift_map",
     "task_split": "probe.experiments.task_split",
     "load": "probe.models.load",
     "Model": "probe.models.model",
@@ -92,6 +95,7 @@ _HOMES = {
     "plot_mass_by_demonstration": "probe.plots.demonstration_position",
     "plot_overlay": "probe.plots.overlay",
     "plot_saliency": "probe.plots.saliency",
+    "plot_shift_map": "probe.plots.shift_map",
     "plot_task_split": "probe.plots.task_split",
     "plot_text_or_image": "probe.plots.text_or_image",
     "Edit": "probe.trace.edit",
@@ -136,6 +140,7 @@ __all__ = [
     "plot_mass_by_demonstration",
     "plot_overlay",
     "plot_saliency",
+    "plot_shift_map",
     "plot_task_split",
     "plot_text_or_image",
     "rank_heads",
@@ -143,6 +148,7 @@ __all__ = [
     "read_examples",
     "read_manifest",
     "saliency",
+    "shift_map",
     "synthetic_episodes",
     "task_split",
     "write_manifest",

@@ -39,6 +39,10 @@ COMMANDS = {
         "probe.cli.saliency:saliency",
         "Measure which flows of attention the right answer depends on.",
     ),
+    "shift-map": (
+        "probe.cli.shift_map:shift_map",
+        "Measure how the demonstrations shift each head, and how constant that shift is.",
+    ),
     "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }
 """For each command, where it is (imported when it is called) and the line that `probe --help` shows."""
