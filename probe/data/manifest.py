@@ -20,6 +20,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def content_key(episodes: Sequence[Episode]) -> str:
     for episode in episodes:
         digest.update(_encode(_record(episode, mark), episode))
     return digest.hexdigest()[:16]
+
+
+def query_keys(episodes: Sequence[Episode]) -> list[str]:
+    """Identify each query by what is asked, whatever it is called and whichever demonstrations stand before it."""
+    return [content_key([Episode("", (), replace(episode.query, id="", info={}))]) for episode in episodes]
 
 
 def _record(episode: Episode, show_image: Callable[[Picture, str], object]) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from probe.measures.mass import row_visibility
-
 SCORES = 2**25
 """How many scores are held at a time (fp32: 128 MB)."""
 
@@ -43,17 +41,28 @@ def log_partition(
     starts = range(0, n, width)
 
     def chunk(start: int, q: Tensor, k: Tensor) -> Tensor:
-        rows = torch.arange(start, min(start + width, n), device=q.device)
         kind = torch.promote_types(q.dtype, torch.float32)
-        grouped = q[:, :, rows].to(kind).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        scores = (grouped @ k.to(kind).transpose(-1, -2)).view(batch, heads, len(rows), -1) * scale
-        if mask is not None and mask.dtype != torch.bool:
-            scores = scores + mask[:, :, rows].to(kind)
-        seen = row_visibility(mask, causal, rows.expand(batch, -1), n, k.shape[2])[:, None]
-        total: Tensor = scores.masked_fill(~seen, torch.finfo(kind).min).logsumexp(-1)
+        part = slice(start, start + width)
+        grouped = q[:, :, part].to(kind).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = (grouped @ k.to(kind).transpose(-1, -2)).view(batch, heads, -1, k.shape[2]) * scale
+        least = torch.finfo(kind).min
+        if mask is None:
+            # A single row, which decoding has, sees all keys: nothing to hide.
+            scores = scores.masked_fill(_later(n, k.shape[2], q.device)[part], least) if causal and n > 1 else scores
+        elif mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask[:, :, part], least)
+        else:
+            scores = (scores + mask[:, :, part].to(kind)).clamp_min(least)
+        total: Tensor = scores.logsumexp(-1)
         return total
 
     if len(starts) == 1:
         return chunk(0, q, k)
     # Scores are computed again in the backward pass: kept, they would be the n x n array that nothing else here has.
     return torch.cat([checkpoint(chunk, start, q, k, use_reentrant=False) for start in starts], -1)
+
+
+def _later(n: int, n_keys: int, device: torch.device) -> Tensor:
+    """``[n, key]``, which keys come after a row."""
+    return torch.arange(n_keys, device=device) > torch.arange(n_keys - n, n_keys, device=device)[:, None]

@@ -313,7 +313,7 @@ class Model:
             out = self.module(**batch.inputs, logits_to_keep=logits_to_keep, use_cache=False)
         return cast(torch.Tensor, out.logits)
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1) -> list[str]:
+    def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1, stop: bool = True) -> list[str]:
         """Answers, greedy or by beam search.
 
         The checkpoint's own sampling settings (temperature, repetition penalty) are switched off: they belong to
@@ -328,30 +328,33 @@ class Model:
         num_beams
             1 is greedy. More are compared by the sum of their log-probabilities, not by the mean over tokens, as the
             published evaluations of in-context vectors do.
+        stop
+            Whether an answer may end before ``max_new_tokens``; False is for measuring time.
 
         Returns
         -------
         list of str
             One answer an episode, without special tokens, stripped.
         """
-        with self.decoding(max_new_tokens, num_beams):
+        with self.decoding(max_new_tokens, num_beams, stop):
             ids = cast(Any, self.module).generate(**batch.inputs)
         return self.read_answers(ids, batch)
 
     @contextmanager
-    def decoding(self, max_new_tokens: int, num_beams: int = 1) -> Iterator[None]:
+    def decoding(self, max_new_tokens: int, num_beams: int = 1, stop: bool = True) -> Iterator[None]:
         """Set the module to generate deterministically, and back."""
         from transformers import GenerationConfig
 
         module = cast(Any, self.module)
         own = module.generation_config
+        end = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
         # Transformers fills what a call leaves open from the checkpoint's settings: they are set aside, not overridden.
         module.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=num_beams,
             **({"length_penalty": 0.0} if num_beams > 1 else {}),
-            eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
+            eos_token_id=end if stop else None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         try:

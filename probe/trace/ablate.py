@@ -79,7 +79,7 @@ def hide_keys(
         left = visible & ~blocked
         alive = left.any(-1, keepdim=True)
         # A softmax over nothing is undefined: such a row is computed as it was, and then set to zero.
-        new = _attend(context.attention, positions, torch.where(alive, left, visible))
+        new = attend(context.attention, positions, torch.where(alive, left, visible))
         lost = changed & (visible & blocked).any(-1)
         return _put(value, new.masked_fill(~alive[:, None], 0), positions, lost, heads, context)
 
@@ -234,7 +234,7 @@ def _kinds(context: Context) -> Tensor:
     return found
 
 
-def _attend(at: Attention, positions: Tensor, visible: Tensor) -> Tensor:
+def attend(at: Attention, positions: Tensor, visible: Tensor) -> Tensor:
     """Outputs of all heads at some rows that see some keys, ``[batch, head, row, head_dim]``."""
     groups = at.q.shape[1] // at.k.shape[1]
     q = at.q.gather(2, positions[:, None, :, None].expand(-1, at.q.shape[1], -1, at.q.shape[3]))

@@ -16,7 +16,13 @@ from probe.trace.steer import unsteered
 
 
 def generate(
-    model: Model, batch: Batch, *, max_new_tokens: int, num_beams: int = 1, edits: Sequence[Edit] = ()
+    model: Model,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    stop: bool = True,
+    edits: Sequence[Edit] = (),
 ) -> list[str]:
     """Answers, greedy or by beam search, as :meth:`probe.Model.generate` gives them, of an edited model.
 
@@ -30,6 +36,8 @@ def generate(
         Where to stop at the latest.
     num_beams
         1 is greedy. Edits see every beam as an episode of its own.
+    stop
+        Whether an answer may end before ``max_new_tokens``.
     edits
         Changes to make in the prompt and at every new position; ``step`` of their context says which it is.
 
@@ -45,8 +53,8 @@ def generate(
     """
     model, edits = unsteered(model, edits)
     if not edits:
-        return model.generate(batch, max_new_tokens=max_new_tokens, num_beams=num_beams)
-    with model.decoding(max_new_tokens, num_beams):
+        return model.generate(batch, max_new_tokens=max_new_tokens, num_beams=num_beams, stop=stop)
+    with model.decoding(max_new_tokens, num_beams, stop):
         return model.read_answers(_edited(model, batch, num_beams, edits), batch)
 
 

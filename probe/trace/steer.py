@@ -64,11 +64,11 @@ class Steered(Model):
 
         return read(self, batch, logits_to_keep=logits_to_keep).logits
 
-    def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1) -> list[str]:
+    def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1, stop: bool = True) -> list[str]:
         """As :meth:`probe.Model.generate`, edited."""
         from probe.trace.generate import generate
 
-        return generate(self, batch, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        return generate(self, batch, max_new_tokens=max_new_tokens, num_beams=num_beams, stop=stop)
 
     def __enter__(self) -> Steered:
         return self

@@ -24,9 +24,10 @@ from probe.models.model import Model
 from probe.trace.edit import Edit, Output
 from probe.trace.likelihood import answer_log_probability
 from probe.trace.read import LayerValues, read
+from probe.trace.steer import unsteered
 from probe.vectors.method import Method, Parameters, add, check_site, refuse_heads
 from probe.vectors.pairs import alone, encode_pair
-from probe.vectors.teacher import Teacher, flat_places, merged
+from probe.vectors.teacher import Teacher, flat_places, stack
 from probe.vectors.training import Training, describe, split
 from probe.vectors.vector import Head, InContextVector
 
@@ -67,17 +68,19 @@ class MeanDifference(Method):
         progress: Callable[[int, int], None] | None = None,
     ) -> InContextVector:
         """Two forwards over the episodes, and for the choice of a layer one over those that validate for each layer."""
+        if unsteered(model, ())[1]:
+            raise UsageError("A vector is fitted to a model as it is; give the one that was steered.")
         options = training or Training()
         learn, validate = split(episodes, options)
+        if not -1 <= self.layer < model.n_layers:
+            raise UsageError(f"{model.name} has layers 0 to {model.n_layers - 1}; asked for {self.layer}.")
+        if self.layer < 0 and not validate:
+            raise UsageError("There are no episodes to choose a layer by; give more, or name a layer.")
         differences = mean_differences(model, learn, self.site, options.batch_size)
         layer = self.layer
         found = [at_layer(self, differences, at) for at in range(model.n_layers)]
         if layer < 0:
-            if not validate:
-                raise UsageError("There are no episodes to choose a layer by; give more, or name a layer.")
             layer = int(torch.tensor([_probability(model, validate, v, options.batch_size) for v in found]).argmax())
-        elif layer >= model.n_layers:
-            raise UsageError(f"{model.name} has layers 0 to {model.n_layers - 1}; asked for {layer}.")
         card = describe(model, self, episodes, options)
         return replace(found[layer], card=card)
 
@@ -108,8 +111,7 @@ def _states(model: Model, encodings: Sequence[Encoding], site: Output) -> Tensor
         return {"state": value[places].double()}
 
     reading = read(model, batch, (site,), reduce)
-    by_layer = merged(reading.layers, reading.cross)
-    return torch.stack([by_layer[layer]["state"] for layer in range(model.n_layers)])
+    return stack(model, reading, "state")
 
 
 def _probability(model: Model, episodes: Sequence[Episode], vector: InContextVector, batch_size: int) -> float:

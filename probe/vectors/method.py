@@ -139,6 +139,15 @@ class Trained(Method):
         """What is to become small."""
         raise NotImplementedError
 
+    def check(self, model: Model) -> None:
+        """Refuse a model that the method cannot act on, before anything is read.
+
+        Raises
+        ------
+        UsageError
+            If it cannot.
+        """
+
     def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
         """The parameters before training, float32 on the CPU."""
         raise NotImplementedError
@@ -156,11 +165,30 @@ class Trained(Method):
         teacher: Teacher | None = None,
         directory: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
+        begin: InContextVector | None = None,
     ) -> InContextVector:
-        """Train; see :mod:`probe.vectors.training`."""
+        """Train; see :mod:`probe.vectors.training`.
+
+        Parameters
+        ----------
+        model, episodes, training, teacher, directory, progress
+            As for :meth:`Method.fit`.
+        begin
+            A vector whose parameters to begin with, in place of those of :meth:`start`: one of this method, or of
+            another that has the same.
+        """
         from probe.vectors.training import train
 
-        return train(self, model, episodes, training=training, teacher=teacher, directory=directory, progress=progress)
+        return train(
+            self,
+            model,
+            episodes,
+            training=training,
+            teacher=teacher,
+            directory=directory,
+            progress=progress,
+            begin=begin,
+        )
 
 
 def add(site: Edited, layer: int, shift: Tensor) -> Edit:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 
 from probe.errors import UsageError, did_you_mean
+from probe.vectors.fitted import FittedShift
 from probe.vectors.live import Live
 from probe.vectors.m2iv import M2iv
 from probe.vectors.mean import MeanDifference
 from probe.vectors.method import Method
 from probe.vectors.mimic import Mimic
 
-METHODS: dict[str, type[Method]] = {each.name: each for each in (Live, Mimic, M2iv, MeanDifference)}
+METHODS: dict[str, type[Method]] = {each.name: each for each in (Live, Mimic, M2iv, MeanDifference, FittedShift)}
 
 
 def method_of(name: str, options: Mapping[str, object] | None = None) -> Method:
@@ -21,12 +23,21 @@ def method_of(name: str, options: Mapping[str, object] | None = None) -> Method:
     Raises
     ------
     UsageError
-        If there is no such method or option.
+        If there is no such method or option, or an option's value is of another kind than its default.
     """
     if name not in METHODS:
         raise UsageError(f"There is no method {name!r}; {did_you_mean(name, tuple(METHODS))}")
-    known = [field.name for field in fields(METHODS[name])]
-    for option in options or {}:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}; {did_you_mean(option, tuple(known))}")
+    usual = {field.name: field.default for field in fields(METHODS[name])}
+    for option, value in (options or {}).items():
+        if option not in usual:
+            raise UsageError(f"{name} has no option {option!r}; {did_you_mean(option, tuple(usual))}")
+        if not _is_like(value, usual[option]):
+            raise UsageError(f"The option {option} of {name} cannot be {value!r}; the default is {usual[option]!r}.")
     return METHODS[name](**(options or {}))
+
+
+def _is_like(value: object, usual: object) -> bool:
+    """Whether both are numbers (finite), whole numbers, truth values or texts."""
+    if isinstance(usual, float) and not isinstance(value, bool):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return usual is None or type(value) is type(usual)

@@ -80,6 +80,14 @@ class Mimic(Trained):
             released=self.released,
         )
 
+    def check(self, model: Model) -> None:
+        """Refuse layers without self-attention."""
+        if missing := sorted(set(range(model.n_layers)) - set(model.choose_layers(None))):
+            raise UsageError(
+                f"The layers {', '.join(map(str, missing))} of {model.name} have cross-attention alone, where no head "
+                "attends to demonstrations; choose a method that acts on layers, such as live."
+            )
+
     def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
         """Nearly nothing: vectors of standard deviation 0.001."""
         layers, heads, width = model.n_layers, model.n_heads, model.head_dim
@@ -105,18 +113,22 @@ class Mimic(Trained):
         return [self._edit(layer, parameters, scale * chosen[layer]) for layer in layers]
 
     def _edit(self, layer: int, parameters: Parameters, factor: Tensor) -> Edit:
+        v = factor[:, None].to(parameters["v"]) * parameters["v"][layer]
+        learned = None if self.size == "constant" else (parameters["w"][layer], parameters["b"][layer])
+
         def fn(value: Tensor, context: Context) -> Tensor:
-            shift = (factor[:, None] * parameters["v"][layer]).to(value.device)
-            if self.size != "constant":
-                w, b = parameters["w"][layer].to(value.device), parameters["b"][layer].to(value.device)
-                shift = self._mu(context.attention, w, b)[..., None] * shift
+            shift = v.to(value.device)
+            if learned is not None:
+                shift = self._mu(context.attention, *learned)[..., None] * shift
             return (widen(value) + shift).to(value.dtype)
 
         return Edit("heads", layer, fn)
 
     def _mu(self, at: Attention, w: Tensor, b: Tensor) -> Tensor:
         """``[batch, position, head]``; one for all heads if shared."""
-        logit = torch.einsum("bhnd,hd->bnh", widen(at.q), w)
+        q = widen(at.q)
+        w, b = w.to(q), b.to(q)
+        logit = (q * w[:, None]).sum(-1).transpose(1, 2)
         mask, causal = (None, False) if self.released else (at.mask, at.causal)
         log_z2 = log_partition(at.q, at.k, mask, at.scale, causal).transpose(1, 2)
         if self.size == "shared":

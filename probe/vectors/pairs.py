@@ -37,8 +37,14 @@ class Pair:
 
     @property
     def kept(self) -> NDArray[np.intp]:
-        """``[n of the student]``, where each of the student's positions stands in the teacher's."""
-        return np.flatnonzero(self.teacher.token_map.demonstration < 0)
+        """``[n of the student]``, where each of the student's positions stands in the teacher's.
+
+        Where a template writes nothing before the first turn, the teacher's sink is the first token of a demonstration,
+        and the student's that of the query: the former is left out too.
+        """
+        found = np.flatnonzero(self.teacher.token_map.demonstration < 0)
+        alike = int(self.teacher.ids[0]) == int(self.student.ids[0])
+        return found[1:] if alike and len(found) == len(self.student) + 1 else found
 
     @property
     def end(self) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from probe.data.example import Episode
+from probe.errors import UsageError
 from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.trace.edit import Output
-from probe.trace.read import LayerValues, read
+from probe.trace.read import LayerValues, Reading, read
 from probe.vectors.pairs import Pair, encode_pair
 
 BUDGET = 2 * 2**30
@@ -66,6 +67,7 @@ class Teacher:
         self.model = model
         self.budget = budget
         self.used = 0
+        self.full = False
         self.n_read = 0
         self._lessons: dict[str, Lesson] = {}
         self._seen: dict[int, tuple[Episode, str]] = {}  # the episode is held, so that its id stays its own
@@ -121,9 +123,13 @@ class Teacher:
     def _knows(self, episode: Episode, site: Output | None) -> bool:
         if id(episode) not in self._seen:
             return False
-        lesson = self._lessons[self._seen[id(episode)][1]]
-        full = self.used >= self.budget
-        return site is None or site in lesson.states or full
+        return not self._lacks(self._seen[id(episode)][1], site)
+
+    def _lacks(self, name: str, site: Output | None) -> bool:
+        """Whether a lesson is to be read, now and not only when its states are asked for."""
+        if name not in self._lessons:
+            return True
+        return site is not None and site not in self._lessons[name].states and not self.full
 
     def _read(self, episodes: Sequence[Episode], site: Output | None) -> None:
         pairs = [encode_pair(self.model, episode) for episode in episodes]
@@ -133,14 +139,16 @@ class Teacher:
         new = {
             name: (episode, pair)
             for episode, pair, name in zip(episodes, pairs, keys, strict=True)
-            if name not in self._lessons or (site is not None and site not in self._lessons[name].states)
+            if self._lacks(name, site)
         }
         if not new:
             return
+        site = None if self.full else site
         logits, states = self._forward([pair for _, pair in new.values()], site)
         for (name, (episode, pair)), said, thought in zip(new.items(), logits, states, strict=True):
             lesson = self._lessons.setdefault(name, Lesson(episode, pair.student, pair.end, said))
-            if site is not None and self.used + thought.nbytes <= self.budget:
+            self.full = self.full or self.used + thought.nbytes > self.budget
+            if site is not None and not self.full:
                 lesson.states[site] = thought
                 self.used += thought.nbytes
 
@@ -155,8 +163,7 @@ class Teacher:
         logits = [row[-width:].cpu().clone() for row, width in zip(reading.logits, widths, strict=True)]
         if site is None:
             return logits, [torch.empty(0)] * len(pairs)
-        by_layer = merged(reading.layers, reading.cross)
-        stacked = torch.stack([by_layer[layer]["states"] for layer in range(self.model.n_layers)])
+        stacked = stack(self.model, reading, "states")
         return logits, [part.clone() for part in stacked.split([len(row) for row in rows], dim=1)]
 
 
@@ -165,6 +172,24 @@ def merged(
 ) -> dict[int, Mapping[str, Tensor]]:
     """By layer, what was read of a decoder's blocks, those with cross-attention alone included."""
     return {**cross, **text}
+
+
+def stack(model: Model, reading: Reading, name: str) -> Tensor:
+    """One value of every decoder layer, ``[layer, …]``.
+
+    Raises
+    ------
+    UsageError
+        If a layer did not run.
+    """
+    by_layer = merged(reading.layers, reading.cross)
+    idle = [str(layer) for layer in range(model.n_layers) if layer not in by_layer]
+    if idle:
+        raise UsageError(
+            f"Without an image {model.name} leaves out its layers {', '.join(idle)}: they have no states to compare. "
+            "Give every episode an image."
+        )
+    return torch.stack([by_layer[layer][name] for layer in range(model.n_layers)])
 
 
 def flat_places(batch: Batch, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

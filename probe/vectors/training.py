@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from probe.data.example import Episode
-from probe.data.manifest import content_key
+from probe.data.manifest import content_key, query_keys
 from probe.errors import ProbeError, UsageError
 from probe.models.model import Model
 from probe.segments import QUERY
@@ -31,7 +31,7 @@ from probe.trace.read import LayerValues, read
 from probe.trace.steer import unsteered
 from probe.vectors import losses
 from probe.vectors.method import Method, Objective, Trained
-from probe.vectors.teacher import Lesson, Teacher, flat_places, merged
+from probe.vectors.teacher import Lesson, Teacher, flat_places, stack
 from probe.vectors.vector import InContextVector, model_facts
 
 STATE = "training.safetensors"
@@ -85,15 +85,16 @@ class Training:
 
 
 def split(episodes: Sequence[Episode], training: Training) -> tuple[list[Episode], list[Episode]]:
-    """Episodes to learn from, and to validate with."""
-    order = np.random.default_rng((training.seed, 3)).permutation(len(episodes))
-    n = round(training.validation * len(episodes))
-    chosen = set(order[:n].tolist())
-    if not episodes or n == len(episodes):
+    """Episodes to learn from, and to validate with; those of one query are on one side."""
+    queries = list(dict.fromkeys(episode.query.id for episode in episodes))
+    order = np.random.default_rng((training.seed, 3)).permutation(len(queries))
+    n = round(training.validation * len(queries))
+    chosen = {queries[i] for i in order[:n].tolist()}
+    if n == len(queries):
         raise UsageError("There are no episodes to learn from; give more, or let fewer validate.")
     return (
-        [episode for i, episode in enumerate(episodes) if i not in chosen],
-        [episode for i, episode in enumerate(episodes) if i in chosen],
+        [episode for episode in episodes if episode.query.id not in chosen],
+        [episode for episode in episodes if episode.query.id in chosen],
     )
 
 
@@ -113,6 +114,7 @@ def describe(model: Model, method: Method, episodes: Sequence[Episode], training
             "shots": sorted({episode.shots for episode in episodes}),
             "strategies": sorted({episode.strategy for episode in episodes}),
             "key": content_key(episodes),
+            "queries": query_keys(episodes),
         },
         "training": asdict(training),
     }
@@ -127,13 +129,15 @@ def train(
     teacher: Teacher | None = None,
     directory: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    begin: InContextVector | None = None,
 ) -> InContextVector:
-    """Learn a method's parameters; the arguments are those of :meth:`probe.vectors.method.Method.fit`.
+    """Learn a method's parameters; the arguments are those of :meth:`probe.vectors.method.Trained.fit`.
 
     Raises
     ------
     UsageError
-        If a number is out of range, an episode has no demonstrations, or the model's gradients would be wrong.
+        If a number is out of range, an episode has no demonstrations, the model's gradients would be wrong, or
+        ``begin`` has other parameters or was made for another model.
     ProbeError
         If an episode cannot be read, the loss is not finite, or the state in ``directory`` is of another training.
     """
@@ -141,15 +145,24 @@ def train(
     if steering:
         raise UsageError("A vector is trained on a model as it is; give the one that was steered.")
     check_gradients(model)
+    method.check(model)
     options, objective = training or Training(), method.objective
     learn, validate = split(episodes, options)
     teacher = teacher or Teacher(model)
+    if (teacher.model.fingerprint, teacher.model.chat_template) != (model.fingerprint, model.chat_template):
+        raise UsageError(
+            f"The teacher is {teacher.model.name}, another model or template than that of {model.name}; make a teacher "
+            "of the model that is trained."
+        )
+    card = describe(model, method, episodes, options)
+    if begin is not None:
+        begin.check(model)
+        card["begin"] = {"label": begin.label, "identity": begin.identity}
+    name = key({"method": method.name, "options": asdict(method), **card})
+    state = _State.start(method, model, options, name, begin)
     site = objective.align_site if objective.align else None
     lessons = teacher.lessons(learn, site, batch_size=options.batch_size)
     checks = teacher.lessons(validate, site, batch_size=options.batch_size)
-    card = describe(model, method, episodes, options)
-    name = key({"method": method.name, "options": asdict(method), **card})
-    state = _State.start(method, model, options, name)
     if directory is not None:
         state.resume(Path(directory) / STATE)
     n_batches = math.ceil(len(lessons) / options.batch_size)
@@ -227,8 +240,7 @@ def losses_of(
     elif objective.ce:
         ends = [torch.cat([s.ids[s.n_prompt :], torch.tensor([x.end])]) for s, x in zip(students, lessons, strict=True)]
         terms["ce"] = losses.cross_entropy(own, ends)
-    by_layer = merged(reading.layers, reading.cross)
-    stacked = {site: torch.stack([by_layer[layer][site] for layer in range(model.n_layers)]) for site in sites}
+    stacked = {site: stack(model, reading, site) for site in sites}
     if objective.align:
         wanted = torch.cat(teacher.states(lessons, objective.align_site), 1).to(model.device)
         lengths = [len(row) for row in rows]
@@ -249,6 +261,23 @@ def _distil(student: Sequence[Tensor], teacher: Sequence[Tensor], objective: Obj
     )
 
 
+def _given(values: Mapping[str, Tensor], begin: InContextVector, method: Trained) -> dict[str, Tensor]:
+    """The parameters to begin with, as copies."""
+    shapes = {part: tuple(value.shape) for part, value in values.items()}
+    if shapes != {part: tuple(value.shape) for part, value in begin.parameters.items()}:
+        raise UsageError(
+            f"{method.label} cannot begin from {begin.label}, which has other parameters; give a vector of the same "
+            f"form ({', '.join(f'{part} {list(shape)}' for part, shape in shapes.items())})."
+        )
+    return {part: begin.parameters[part].to(values[part], copy=True) for part in values}
+
+
+def check_finite(value: float, what: str) -> None:
+    """Stop a training that has lost its way."""
+    if not math.isfinite(value):
+        raise ProbeError(f"{what}; lower the step size (--speed), or use float32 (--dtype).")
+
+
 class _State:
     """Where a training stands."""
 
@@ -262,12 +291,14 @@ class _State:
         self.best = {name: value.detach().cpu().clone() for name, value in parameters.items()}
 
     @classmethod
-    def start(cls, method: Trained, model: Model, options: Training, name: str) -> _State:
+    def start(
+        cls, method: Trained, model: Model, options: Training, name: str, begin: InContextVector | None
+    ) -> _State:
         """Before the first step."""
-        generator = torch.Generator().manual_seed(options.seed)
-        parameters = {
-            part: torch.nn.Parameter(value.to(model.device)) for part, value in method.start(model, generator).items()
-        }
+        values = method.start(model, torch.Generator().manual_seed(options.seed))
+        if begin is not None:
+            values = _given(values, begin, method)
+        parameters = {part: torch.nn.Parameter(value.to(model.device)) for part, value in values.items()}
         groups = [
             {
                 "params": [value],
@@ -283,13 +314,11 @@ class _State:
 
     def step(self, loss: Tensor, number: int, total: int, options: Training) -> None:
         """One step down."""
-        if not bool(torch.isfinite(loss)):
-            raise ProbeError(
-                f"The loss is not finite in step {number + 1}; lower the step size (--speed), or use float32 (--dtype)."
-            )
+        check_finite(float(loss.detach()), f"The loss is not finite in step {number + 1}")
         self.optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip)
+        size = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip)
+        check_finite(float(size), f"The gradient is not finite in step {number + 1}")
         rise = max(1, round(options.warm_up * total))
         share = (
             (number + 1) / rise if number < rise else 0.5 + 0.5 * math.cos(math.pi * (number - rise) / (total - rise))
@@ -301,6 +330,8 @@ class _State:
     def end_epoch(self, terms: Mapping[str, float], validation: float | None) -> None:
         """Write down how it went, and remember the best."""
         self.epoch += 1
+        if validation is not None:
+            check_finite(validation, f"The loss of the episodes that validate is not finite after epoch {self.epoch}")
         self.curve.append({"epoch": self.epoch, **terms, **({} if validation is None else {"validation": validation})})
         checked = [point["validation"] for point in self.curve if "validation" in point]
         if validation is None or validation <= min(checked):
@@ -332,12 +363,13 @@ class _State:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                name, epoch, best_epoch, curve = (about[each] for each in ("name", "epoch", "best_epoch", "curve"))
+                tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ProbeError(f"{path} is not the state of a training ({error}); delete it to begin anew.") from error
-        if about["name"] != self.name:
+        if name != self.name:
             raise ProbeError(f"{path} is the state of another training; choose another directory, or delete it.")
-        self.epoch, self.best_epoch, self.curve = about["epoch"], about["best_epoch"], about["curve"]
+        self.epoch, self.best_epoch, self.curve = epoch, best_epoch, curve
         for name, value in self.parameters.items():
             with torch.no_grad():
                 value.copy_(tensors[f"parameter.{name}"])

@@ -59,6 +59,14 @@ class InContextVector:
         """How large they are when stored."""
         return sum(value.nbytes for value in self.parameters.values())
 
+    @property
+    def identity(self) -> str:
+        """Differs where two vectors differ in what they do."""
+        content = hashlib.sha256()
+        for name, value in sorted(self.parameters.items()):
+            content.update(name.encode() + value.contiguous().numpy().tobytes())
+        return key({"method": self.method.name, "options": asdict(self.method), "tensors": content.hexdigest()})
+
     def check(self, model: Model) -> None:
         """Refuse a model that the vector was not made for.
 
@@ -102,6 +110,10 @@ class InContextVector:
         UsageError
             If the method does not act there.
         """
+        if (layers is not None and not layers) or (heads is not None and not heads):
+            raise UsageError(
+                f"The vector {self.label} is to act in no layer or head; name one, or leave the choice out."
+            )
         found = self.method.edits(self.parameters, scale=scale, heads=heads)
         there = sorted({edit.layer for edit in found})
         if layers is not None:
@@ -126,13 +138,12 @@ class InContextVector:
 
         data = save({name: value.contiguous() for name, value in self.parameters.items()})
         write_bytes(Path(directory) / TENSORS, data)
-        card = {
+        own = {
             "method": self.method.name,
             "options": asdict(self.method),
             "tensors": hashlib.sha256(data).hexdigest(),
-            **self.card,
-            "stamp": stamp(),
         }
+        card = {**own, **self.card, **own, "stamp": stamp()}
         write_json(Path(directory) / CARD, card)
 
     @classmethod
@@ -162,9 +173,12 @@ class InContextVector:
                 raise ProbeError(f"{directory / TENSORS} is not the file that {CARD} was written for; restore it.")
             method = method_of(card["method"], card["options"])
             parameters = load(data)
+            method.edits(parameters)  # has all that it needs
+            if not isinstance(card.get("model", {}), dict):
+                raise TypeError("its model is no object")
         except FileNotFoundError as error:
             raise ProbeError(f"There is no vector in {directory}: {Path(error.filename).name} is missing.") from error
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ProbeError(f"The vector in {directory} cannot be read ({error}); save it again.") from error
         own = {name: value for name, value in card.items() if name not in ("method", "options", "tensors")}
         return cls(method, parameters, own)
@@ -184,7 +198,7 @@ def model_facts(model: Model) -> dict[str, object]:
     """What of a model decides whether a vector fits it."""
     return {
         "fingerprint": model.fingerprint,
-        "template": key({"prompt": model.prompt, "template": model.chat_template})[:16],
+        "template": key({"template": model.chat_template})[:16],
         "layers": model.n_layers,
         "hidden": int(model.text_config.hidden_size),
         "heads": model.n_heads,
