@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from probe.experiments.answering import answering
     from probe.experiments.attention_map import attention_map
     from probe.experiments.certification import certify
+    from probe.experiments.compare import compare
     from probe.experiments.copy_rate import copy_rate
     from probe.experiments.copy_sweep import copy_sweep
     from probe.experiments.heads import heads
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from probe.experiments.saliency import saliency
     from probe.experiments.shift_map import shift_map
     from probe.experiments.task_split import task_split
+    from probe.experiments.ways import Way, ways_for
     from probe.models.load import load
     from probe.models.model import Model
     from probe.models.token_map import TokenMap
@@ -50,6 +52,11 @@ if TYPE_CHECKING:
     from probe.plots.shift_map import plot_shift_map
     from probe.plots.task_split import plot_task_split
     from probe.plots.text_or_image import plot_text_or_image
+    from probe.plots.vector_curves import plot_vector_curves
+    from probe.plots.vector_distance import plot_vector_distance
+    from probe.plots.vector_parts import plot_vector_parts
+    from probe.plots.vector_times import plot_vector_times
+    from probe.plots.vectors import plot_vectors
     from probe.trace.ablate import zero_head
     from probe.trace.edit import Edit
     from probe.trace.read import read
@@ -71,6 +78,7 @@ _HOMES = {
     "answering": "probe.experiments.answering",
     "attention_map": "probe.experiments.attention_map",
     "certify": "probe.experiments.certification",
+    "compare": "probe.experiments.compare",
     "copy_rate": "probe.experiments.copy_rate",
     "copy_sweep": "probe.experiments.copy_sweep",
     "heads": "probe.experiments.heads",
@@ -82,6 +90,8 @@ _HOMES = {
     "saliency": "probe.experiments.saliency",
     "shift_map": "probe.experiments.shift_map",
     "task_split": "probe.experiments.task_split",
+    "Way": "probe.experiments.ways",
+    "ways_for": "probe.experiments.ways",
     "load": "probe.models.load",
     "Model": "probe.models.model",
     "TokenMap": "probe.models.token_map",
@@ -98,6 +108,11 @@ _HOMES = {
     "plot_shift_map": "probe.plots.shift_map",
     "plot_task_split": "probe.plots.task_split",
     "plot_text_or_image": "probe.plots.text_or_image",
+    "plot_vector_curves": "probe.plots.vector_curves",
+    "plot_vector_distance": "probe.plots.vector_distance",
+    "plot_vector_parts": "probe.plots.vector_parts",
+    "plot_vector_times": "probe.plots.vector_times",
+    "plot_vectors": "probe.plots.vectors",
     "Edit": "probe.trace.edit",
     "zero_head": "probe.trace.ablate",
     "read": "probe.trace.read",
@@ -117,10 +132,12 @@ __all__ = [
     "Steered",
     "TokenMap",
     "UsageError",
+    "Way",
     "answering",
     "attention_map",
     "certify",
     "choose",
+    "compare",
     "copy_rate",
     "copy_sweep",
     "heads",
@@ -143,6 +160,11 @@ __all__ = [
     "plot_shift_map",
     "plot_task_split",
     "plot_text_or_image",
+    "plot_vector_curves",
+    "plot_vector_distance",
+    "plot_vector_parts",
+    "plot_vector_times",
+    "plot_vectors",
     "rank_heads",
     "read",
     "read_examples",
@@ -151,6 +173,7 @@ __all__ = [
     "shift_map",
     "synthetic_episodes",
     "task_split",
+    "ways_for",
     "write_manifest",
     "zero_head",
 ]

@@ -43,6 +43,10 @@ COMMANDS = {
         "probe.cli.shift_map:shift_map",
         "Measure how the demonstrations shift each head, and how constant that shift is.",
     ),
+    "vector": (
+        "probe.cli.vector:app",
+        "Vectors in place of demonstrations: fit, train, put into a model, compare.",
+    ),
     "models": ("probe.cli.models:app", "Which models can be read, and proof that one is read rightly."),
 }
 """For each command, where it is (imported when it is called) and the line that `probe --help` shows."""

@@ -140,7 +140,7 @@ def _facts(result: xr.Dataset) -> str:
         if attributes.get(name):
             facts.append((name, str(attributes[name]), f"seed {attributes['seed']}" if "seed" in attributes else ""))
     shots = sorted({int(k) for k in result["shots"].values}) if "shots" in result.coords else []
-    n = result.sizes["episode"]
+    n = result.sizes["episode"] if "episode" in result.sizes else attributes["n_done"]
     facts.append(("episodes", f"{n}", _n_note(result)))
     if shots:
         facts.append(("demonstrations each", f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}", ""))

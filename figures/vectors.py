@@ -1,0 +1,17 @@
+"""Draw vectors beside what they stand for: ``python figures/vectors.py RUN_DIR [--out figure.pdf]``."""
+
+from __future__ import annotations
+
+import sys
+
+from probe.plots.script import draw_run
+from probe.plots.vectors import plot_vectors
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the run, write the figure, and return the exit code."""
+    return draw_run(plot_vectors, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""``probe vector``: find vectors that stand for demonstrations, put them into a model, compare them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from probe.cli.options import Json
+from probe.cli.vector_options import Learning, Lessons, Placing, Queries, load_vectors, same_task
+from probe.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+JsonOption = Annotated[Json, Parameter(name="--json")]
+
+app = App(name="vector", help="Vectors in place of demonstrations: fit, train, put into a model, compare.")
+
+
+@app.command
+def train(
+    source: Lessons | None = None,
+    learning: Learning | None = None,
+    *,
+    method: str = "live,mimic,m2iv",
+    shots: str = "8",
+    sizes: str | None = None,
+    seeds: str = "0",
+    out: Path | None = None,
+    json: JsonOption = False,
+) -> None:
+    """Train vectors that stand for demonstrations; the model stays as it is.
+
+    A teacher reads the demonstrations, a student the query alone with the vector in it. The same command goes on where
+    it stopped.
+
+    The bundled model, on a task whose rule is hidden (count + 3), learned from eight demonstrations:
+
+        probe vector train --task operator:3
+
+    Several seeds, numbers of demonstrations and of training episodes in one go; MimIC with one mu for a layer, and LIVE
+    without a teacher:
+
+        probe vector train --seeds 0,1,2 --shots 2,8 --sizes 40,160,320
+        probe vector train --method mimic,mimic:size=shared,live:kl=0
+
+    Parameters
+    ----------
+    source
+        Which model learns from which episodes.
+    learning
+        How.
+    method
+        live, mimic, m2iv, mean-difference, fitted-shift; several with commas, options behind colons.
+    shots
+        Demonstrations in each episode; several with commas.
+    sizes
+        How many of the episodes are used; several with commas. The default is all.
+    seeds
+        Of the start, the order and the choice of what validates; several with commas.
+    out
+        The run directory; the default is a name under probe-runs/ made from the settings.
+    json
+        Print the summary as JSON and nothing else.
+    """
+    from probe.cli.vector_training import find
+
+    find(
+        source or Lessons(),
+        learning or Learning(),
+        method=method,
+        shots=shots,
+        sizes=sizes,
+        seeds=seeds,
+        out=out,
+        json=json,
+    )
+
+
+@app.command
+def fit(
+    source: Lessons | None = None,
+    learning: Learning | None = None,
+    *,
+    method: str = "fitted-shift,mean-difference",
+    shots: str = "8",
+    sizes: str | None = None,
+    seeds: str = "0",
+    out: Path | None = None,
+    json: JsonOption = False,
+) -> None:
+    """Fit vectors to what demonstrations do, without a gradient.
+
+    `fitted-shift` fits to every head the shift of its attention: its direction by least squares, its size by ridge
+    regression on the query. `mean-difference` is the mean change of the state that predicts the answer, in one layer.
+
+        probe vector fit --task operator:3
+
+    Parameters
+    ----------
+    source
+        Which model reads which episodes.
+    learning
+        Of this, batches and the share of the episodes that validate.
+    method
+        fitted-shift, mean-difference; several with commas, options behind colons (mean-difference:layer=2).
+    shots, sizes, seeds, out, json
+        As for `probe vector train`.
+    """
+    from probe.cli.vector_training import find
+
+    find(
+        source or Lessons(),
+        learning or Learning(),
+        method=method,
+        shots=shots,
+        sizes=sizes,
+        seeds=seeds,
+        out=out,
+        json=json,
+    )
+
+
+@app.command
+def apply(
+    vector: Path,
+    /,
+    source: Queries | None = None,
+    placing: Placing | None = None,
+    *,
+    shown: Annotated[bool, Parameter(negative=())] = False,
+    batch_size: int = 16,
+    out: Path | None = None,
+    json: JsonOption = False,
+) -> None:
+    """Answer queries with a vector in the model, in place of demonstrations.
+
+        probe vector apply probe-runs/…/vectors/mimic.8shot.320ep.seed0
+        probe vector apply DIR --layers 2:4 --scale 0.5
+
+    Parameters
+    ----------
+    vector
+        Its directory, with vector.safetensors and card.json.
+    source
+        Which model answers which queries; the default is the task that the vector was fitted on.
+    placing
+        Where the vector acts.
+    shown
+        Show the demonstrations too.
+    batch_size
+        Episodes in one forward.
+    out
+        The run directory; the default is a name under probe-runs/ made from the settings.
+    json
+        Print the summary as JSON and nothing else.
+    """
+    source, placing = source or Queries(), placing or Placing()
+    options = placing.options()
+
+    from probe.cli.report import Reporter
+
+    reporter = Reporter(quiet=json)
+    with reporter.step("reading the vector and the episodes"):
+        from probe.data.manifest import episodes_key
+        from probe.vectors.pairs import alone
+
+        vectors = load_vectors((vector,))
+        if len(vectors) != 1:
+            raise UsageError(
+                f"{vector} holds {len(vectors)} vectors ({', '.join(vectors)}); name the directory of one, or compare "
+                "them all (probe vector compare)."
+            )
+        (label, own), source = next(iter(vectors.items())), same_task(source, vectors)
+        episodes = source.read_episodes()
+        read = episodes if shown else [alone(episode) for episode in episodes]
+        settings = {
+            "episodes_key": episodes_key(read),
+            "vector": own.identity,
+            "shown": shown,
+            **asdict(placing),
+        }
+    from probe.cli.running import experiment_run, finish, load_model, manifest
+
+    with experiment_run(reporter, source, out, "vector_apply", settings) as (run, located):
+        reused = run.finished
+        if not reused:
+            from probe.experiments.answering import answering
+            from probe.trace.steer import inject
+
+            with reporter.step("loading the model"):
+                model = load_model(source, located)
+                steered = inject(model, own, **options)
+            with manifest(run, model, read), reporter.progress("answering", 2 * len(read)) as progress:
+                result = answering(
+                    steered,
+                    read,
+                    probable="gold",
+                    batch_size=batch_size,
+                    keep=run.part,
+                    name="with-",
+                    progress=progress,
+                )
+                plain = answering(
+                    model,
+                    read,
+                    probable="gold",
+                    batch_size=batch_size,
+                    keep=run.part,
+                    name="without-",
+                    progress=lambda done: progress(len(read) + done),
+                )
+            for name in ("prediction", "correct", "score", "log_probability"):
+                result[f"{name}_without"] = plain[name]
+            result.attrs |= {"experiment": "vector_apply", "vector": label, **asdict(placing)}
+            finish(run, source, result)
+        from probe.cli.training_report import show_application
+
+        show_application(reporter, run.result(), run.directory, reused=reused)
+
+
+@app.command
+def compare(
+    vectors: tuple[Path, ...] = (),
+    /,
+    source: Queries | None = None,
+    *,
+    random: int = 1,
+    put_back: Annotated[bool, Parameter(negative=())] = False,
+    oracle: Annotated[bool, Parameter(negative=())] = False,
+    parts: str | None = None,
+    cost: Annotated[bool, Parameter(negative=())] = False,
+    distances: int = 128,
+    batch_size: int = 16,
+    out: Path | None = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare vectors with demonstrations, with nothing, and with random vectors of their size, on the same queries.
+
+    All that a training found, and the same with demonstrations put back:
+
+        probe vector compare probe-runs/vector-toy-operator-3-…
+        probe vector compare RUN --put-back --random 3
+
+    One vector layer by layer, or at some positions only:
+
+        probe vector compare RUN/vectors/mimic.8shot.320ep.seed0 --parts layers
+        probe vector compare RUN/vectors/mimic.8shot.320ep.seed0 --parts rows
+
+    Parameters
+    ----------
+    vectors
+        Directories of vectors, or of runs that found some.
+    source
+        Which model answers which queries; the default is the task that the vectors were fitted on.
+    random
+        How many random vectors of the same size beside each.
+    put_back
+        Each vector with the demonstrations shown again, too.
+    oracle
+        Add the oracle, each query's own shift of attention, and what is left of it when its size or direction is the
+        same for all queries, or comes from images or text alone.
+    parts
+        Parts of each vector by themselves: layers, heads, or rows (query/image, query/text, answer).
+    cost
+        Measure the time to the first token and for each decoded one.
+    distances
+        For how many episodes to measure how far states are from those with demonstrations.
+    batch_size
+        Episodes in one forward.
+    out
+        The run directory; the default is a name under probe-runs/ made from the settings.
+    json
+        Print the summary as JSON and nothing else.
+    """
+    source = source or Queries()
+    if random < 0 or distances < 0 or batch_size < 1:
+        raise UsageError("--random and --distances must be 0 or more and --batch-size 1 or more.")
+
+    from probe.cli.report import Reporter
+
+    reporter = Reporter(quiet=json)
+    with reporter.step("reading the vectors and the episodes"):
+        from probe.cli.vector_ways import ways_of
+        from probe.data.manifest import episodes_key
+
+        found = load_vectors(vectors)
+        source = same_task(source, found)
+        episodes = source.read_episodes()
+        ways = ways_of(found, random=random, put_back=put_back, parts=parts, seed=source.seed)
+        settings = {
+            "episodes_key": episodes_key(episodes),
+            "ways": [way.identity for way in ways],
+            "oracle": oracle,
+            "distances": distances,
+            "cost": cost,
+        }
+    from probe.cli.running import experiment_run, finish, load_model, manifest
+
+    with experiment_run(reporter, source, out, "vector_compare", settings) as (run, located):
+        reused = run.finished
+        if not reused:
+            from probe.experiments import compare as experiment
+
+            with reporter.step("loading the model"):
+                model = load_model(source, located)
+            with manifest(run, model, episodes), reporter.progress("answering", len(episodes)) as progress:
+                result = experiment.compare(
+                    model,
+                    episodes,
+                    ways,
+                    oracle=oracle,
+                    distances=distances,
+                    batch_size=batch_size,
+                    keep=run.part,
+                    progress=progress,
+                )
+            if cost:
+                from probe.experiments.vector_cost import vector_cost
+
+                with reporter.step("measuring times"):
+                    timed = [
+                        way
+                        for way in ways
+                        if way.kind != "random" and way.whole and (not way.shown or way.vector is None)
+                    ]
+                    costs = vector_cost(model, episodes[:16], timed)
+                result = result.merge(costs.drop_attrs(), join="left").assign_attrs(result.attrs)
+            finish(run, source, result)
+        from probe.cli.vector_report import figures_of, show_comparison
+        from probe.plots.page import write_page
+
+        result, picture = run.result(), run.path("compare.html")
+        with reporter.step("drawing"):
+            write_page(picture, result, figures_of(result), title="In-context vectors")
+        show_comparison(reporter, result, run.directory, picture, reused=reused)

@@ -1,0 +1,183 @@
+"""Finding vectors, for ``probe vector train`` and ``probe vector fit``: one after the other, each kept when done."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probe.cli.vector_options import TASK, VECTORS, Learning, Lessons, parse_methods, parse_numbers
+from probe.errors import UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probe.cli.report import Reporter
+    from probe.data.example import Episode
+    from probe.models.names import Located
+    from probe.store import Run
+    from probe.vectors.method import Method
+    from probe.vectors.training import Training
+    from probe.vectors.vector import InContextVector
+
+STATES = "training"
+"""Where a run keeps the state of a training that is not done."""
+
+PICTURE = "training.html"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One vector to find."""
+
+    method: Method
+    shots: int
+    episodes: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory, and in tables."""
+        what = self.method.label.replace(" ", "_").replace("=", "-")
+        return f"{what}.{self.shots}shot.{self.episodes}ep.seed{self.seed}"
+
+
+def find(
+    source: Lessons,
+    learning: Learning,
+    *,
+    method: str,
+    shots: str,
+    sizes: str | None,
+    seeds: str,
+    out: Path | None,
+    json: bool,
+) -> None:
+    """Find vectors; the commands `train` and `fit` say what for."""
+    source.check()
+    methods = parse_methods(method)
+    numbers = {"--shots": parse_numbers("--shots", shots, 1), "--seeds": parse_numbers("--seeds", seeds, 0)}
+    counts = parse_numbers("--sizes", sizes, 2) if sizes is not None else [source.episodes]
+    if max(counts) > source.episodes:
+        raise UsageError(f"--sizes asks for {max(counts)} episodes of {source.episodes}; raise --episodes.")
+    jobs = [
+        Job(each, k, n, seed)
+        for k in numbers["--shots"]
+        for n in counts
+        for seed in numbers["--seeds"]
+        for each in methods
+    ]
+    for job in jobs:
+        learning.of(job.method, source.model, job.seed)  # refuses numbers that are out of range
+
+    from probe.cli.report import Reporter
+
+    reporter = Reporter(quiet=json)
+    with reporter.step("reading the episodes"):
+        from probe.data.manifest import episodes_key
+
+        episodes = {k: source.read(k) for k in numbers["--shots"]}
+        content = [episodes_key(some) for some in episodes.values()]
+    from probe.cli.running import experiment_run
+
+    settings = {
+        "task": source.task or (None if source.data else TASK),
+        "episodes_key": content,
+        "jobs": [job.name for job in jobs],
+        **asdict(learning),
+    }
+    with experiment_run(reporter, source, out, "vector", settings) as (run, located):
+        reused = run.finished
+        if not reused:
+            _find(run, source, located, learning, episodes, jobs, reporter)
+        from probe.cli.training_report import show_training
+        from probe.plots.page import write_page
+        from probe.plots.training import plot_training
+
+        result, picture = run.result(), run.path(PICTURE)
+        if "validation" in result:
+            with reporter.step("drawing"):
+                figures = [("Training", "The loss on the episodes that validate.", plot_training(result))]
+                write_page(picture, result, figures, title="Training of vectors")
+        show_training(reporter, result, run.directory, picture, reused=reused)
+
+
+def _find(
+    run: Run,
+    source: Lessons,
+    located: Located,
+    learning: Learning,
+    episodes: dict[int, list[Episode]],
+    jobs: list[Job],
+    reporter: Reporter,
+) -> None:
+    """Do the work of a run that is not finished."""
+    import xarray as xr
+
+    from probe.cli.running import finish, load_model, manifest
+    from probe.experiments.answering import facts
+    from probe.vectors.method import Trained
+    from probe.vectors.teacher import Teacher
+
+    with reporter.step("loading the model"):
+        model = load_model(source, located)
+    teacher = Teacher(model)
+    found = []
+    with manifest(run, model, episodes[max(episodes)]):
+        for number, job in enumerate(jobs):
+            some = episodes[job.shots][: job.episodes]
+            training = learning.of(job.method, source.model, job.seed)
+            n = training.epochs * -(-(len(some) - round(training.validation * len(some))) // training.batch_size)
+
+            def compute(
+                job: Job = job, some: list[Episode] = some, training: Training = training, n: int = n, at: int = number
+            ) -> xr.Dataset:
+                if isinstance(job.method, Trained):  # others read their episodes themselves
+                    objective = job.method.objective
+                    site = objective.align_site if objective.align else None
+                    with reporter.progress("reading demonstrations", len(some)) as progress:
+                        teacher.lessons(some, site, batch_size=training.batch_size, progress=progress)
+                with reporter.progress(f"{job.name} ({at + 1} of {len(jobs)})", n) as progress:
+                    vector = job.method.fit(
+                        model,
+                        some,
+                        training=training,
+                        teacher=teacher,
+                        directory=run.path(STATES) / job.name,
+                        progress=lambda done, _: progress(done),
+                    )
+                vector.save(run.path(VECTORS) / job.name)
+                return _curve(job, vector)
+
+            found.append(run.part(f"{number:04d}-{job.name}", compute))
+    result = xr.concat(found, "vector", data_vars="all", coords="different", compat="equals", join="outer")
+    result.attrs = {**facts(model), "experiment": "vector", "n_done": source.episodes, "teacher": str(teacher)}
+    finish(run, source, result)
+
+    shutil.rmtree(run.path(STATES), ignore_errors=True)
+
+
+def _curve(job: Job, vector: InContextVector) -> xr.Dataset:
+    """How training went, one row of the run's result."""
+    import numpy as np
+    import xarray as xr
+
+    curve = vector.card.get("curve", [])
+    values = {
+        name: (("vector", "epoch"), np.array([[point.get(name, np.nan) for point in curve]], dtype=float))
+        for name in ("loss", "validation")
+    }
+    return xr.Dataset(
+        values,
+        coords={
+            "vector": [job.name],
+            "epoch": np.arange(1, len(curve) + 1),
+            "method": ("vector", [job.method.label]),
+            "shots": ("vector", [job.shots]),
+            "training_episodes": ("vector", [job.episodes]),
+            "training_seed": ("vector", [job.seed]),
+            "n_parameters": ("vector", [vector.n_parameters]),
+            "best_epoch": ("vector", [vector.card.get("best_epoch", 0)]),
+        },
+    )
