@@ -37,7 +37,8 @@ import xarray as xr
 
 import probe
 from probe.data.tasks import FIXED
-from probe.experiments.compare import Way, compare, ways_for
+from probe.experiments.compare import compare
+from probe.experiments.ways import Way, ways_for
 from probe.measures.vector_summary import summarise_vectors
 from probe.store import read_zarr, write_zarr
 from probe.vectors.live import Live
