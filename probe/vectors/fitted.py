@@ -11,10 +11,10 @@ what :class:`~probe.vectors.mimic.Mimic` makes of the regression. Episodes are r
 
 Which q: the student's. It differs from the teacher's by where it stands, a rotation that w·q does not undo, so the
 student is read under the oracle (:mod:`probe.vectors.oracle`) at positions of its own, where a vector will be used. On
-the bundled model (operator:1 to operator:3, 8 shots, 160 episodes, seeds 100 and 110), a regression on the student's q
-explains 0.86 to 0.91 of log Z1 (median over heads, other episodes); one on the teacher's q explains as much, of the
-teacher, and nothing once it reads the student's (R² below 0). What vectors recover does not tell the two apart:
-accuracies from 0.82 to 0.98 and from 0.78 to 0.98.
+the bundled model (operator:1 to operator:3, 8 shots, 160 episodes, seed 100), a regression on the student's q explains
+0.86 to 0.88 of log Z1 (median over heads, other episodes); one on the teacher's q explains as much, of the teacher, and
+nothing once it reads the student's (R² below 0). What vectors recover does not tell the two apart: accuracies of 0.87,
+0.82 and 0.98, and of 0.91, 0.80 and 0.98.
 
 The penalty is the same for all heads, on standardised q and for each row: what is made small is the mean of ``(log Z1 -
 w·q - b)²`` plus ``penalty * sum_i var(q_i) w_i²``. That is scikit-learn's Ridge on standardised features with ``alpha =
