@@ -77,7 +77,7 @@ def measure(model: probe.Model, task: str, queries: int) -> xr.Dataset:
         ways.append(Way(f"mean difference, layer {layer}", mean))
     asked = probe.synthetic_episodes(task, shots=SHOTS, n=queries, seed=QUERY_SEED)
     result = compare(model, asked, ways)
-    result.attrs |= {"task": task, "seed": QUERY_SEED}
+    result.attrs |= {"task": task, "seed": QUERY_SEED, "queries": queries}
     return result
 
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Judge trained vectors on the bundled model.")
     parser.add_argument("--out", type=Path, default=Path("vector-bars"), help="where finished tasks are kept")
     parser.add_argument("--tasks", help="with commas; default all")
-    parser.add_argument("--queries", type=int, default=1000, help="of each task; each operator takes a quarter")
+    parser.add_argument("--queries", type=int, default=1000, help="of each task; of each operator a quarter")
     parser.add_argument("--show", action="store_true", help="only print what is done")
     given = parser.parse_args()
     if not given.show:

@@ -17,6 +17,7 @@ PLAIN: dict[str, Any] = {
     "like": "",
     "method": "live",
     "vector": "",
+    "training_data": "synthetic:operator:3",
     "training": "epochs=10 speed=1.0",
     "training_seed": 0,
     "training_episodes": 64,
@@ -26,6 +27,7 @@ PLAIN: dict[str, Any] = {
 }
 NOTHING: dict[str, Any] = {
     "method": "",
+    "training_data": "",
     "training": "",
     "training_seed": -1,
     "training_episodes": -1,

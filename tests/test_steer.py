@@ -159,6 +159,8 @@ def test_no_public_way_gives_an_unedited_value_and_the_original_stays(model, bat
         for run in (
             lambda: steered.module(**batch.inputs),
             lambda: steered.module.forward(**batch.inputs),
+            lambda: steered.module.model(**batch.inputs),
+            lambda: steered.module.model.language_model(inputs_embeds=torch.zeros(1, 2, 4)),
             lambda: steered.module.generate(**prompts.inputs),
         ):
             with pytest.raises(UsageError, match="by hand"):

@@ -190,6 +190,8 @@ def test_what_differs_in_more_than_the_seed_stands_apart() -> None:
     assert names({}, {}, {"scale": 0.5}, {"scale": 0.5}) == ["live"] * 2 + ["live, × 0.5"] * 2
     part = {"where": "layer 2"}
     assert names({}, {}, part, part) == ["live"] * 2 + ["live, layer 2"] * 2
+    other = {"training_data": "synthetic:operator:1"}
+    assert len(set(names({}, other))) == 2
     few = {"training_shots": 1}
     assert names({}, {}, few, few) == ["live, 4 shots"] * 2 + ["live, 1 shot"] * 2
     # The same seed twice: something else differs that is not told.

@@ -36,7 +36,8 @@ class Material:
     task
         A synthetic task instead: vqa, recognition, binding-cued, binding-uncued, operator, describe; with -text at the
         end (recognition-text) pictures are replaced by words, and with a colon a rule is the same in all episodes
-        (operator:3, recognition:colour-italian, binding-uncued:kind-0). The default is recognition, of copy-rate vqa.
+        (operator:3, recognition:colour-italian, binding-uncued:kind-0). The default is recognition, of copy-rate vqa,
+        of vector operator:3 or what a vector was fitted on.
     episodes
         How many episodes; with --data at most one for each example.
     seed

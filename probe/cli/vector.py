@@ -54,7 +54,10 @@ def train(
     learning
         How.
     method
-        live, mimic, m2iv, mean-difference, fitted-shift; several with commas, options behind colons.
+        live, mimic, m2iv; several with commas. Options stand behind colons: live:site=mlp_output:alpha=0.1:kl=1:ce=0.5,
+        mimic:size=head|shared|constant:align_site=mlp_output|attention_output|layer_output:align=1:ce=0.5:kl=0,
+        m2iv:kl=1:synergy=0.1:ce=0.5:off_diagonal=0.005. With released=true, live and mimic train as their released
+        codes do. What `probe vector fit` finds can be found along with them.
     shots
         Demonstrations in each episode; several with commas.
     sizes
@@ -77,6 +80,7 @@ def train(
         seeds=seeds,
         out=out,
         json=json,
+        gradients=True,
     )
 
 
@@ -107,8 +111,16 @@ def fit(
         Of this, batches and the share of the episodes that validate.
     method
         fitted-shift, mean-difference; several with commas, options behind colons (mean-difference:layer=2).
-    shots, sizes, seeds, out, json
-        As for `probe vector train`.
+    shots
+        Demonstrations in each episode; several with commas.
+    sizes
+        How many of the episodes are used; several with commas. The default is all.
+    seeds
+        Of the choice of what validates; several with commas.
+    out
+        The run directory; the default is a name under probe-runs/ made from the settings.
+    json
+        Print the summary as JSON and nothing else.
     """
     from probe.cli.vector_training import find
 
@@ -121,6 +133,7 @@ def fit(
         seeds=seeds,
         out=out,
         json=json,
+        gradients=False,
     )
 
 
@@ -137,6 +150,8 @@ def apply(
     json: JsonOption = False,
 ) -> None:
     """Answer queries with a vector in the model, in place of demonstrations.
+
+    As it is, or in two layers at half its strength:
 
         probe vector apply probe-runs/…/vectors/mimic.8shot.320ep.seed0
         probe vector apply DIR --layers 2:4 --scale 0.5
@@ -166,6 +181,7 @@ def apply(
     reporter = Reporter(quiet=json)
     with reporter.step("reading the vector and the episodes"):
         from probe.data.manifest import episodes_key
+        from probe.experiments.compare import unseen
         from probe.vectors.pairs import alone
 
         vectors = load_vectors((vector,))
@@ -175,7 +191,7 @@ def apply(
                 "them all (probe vector compare)."
             )
         (label, own), source = next(iter(vectors.items())), same_task(source, vectors)
-        episodes = source.read_episodes()
+        episodes = unseen(source.read_episodes(), [own])
         read = episodes if shown else [alone(episode) for episode in episodes]
         settings = {
             "episodes_key": episodes_key(read),
@@ -264,7 +280,8 @@ def compare(
         Add the oracle, each query's own shift of attention, and what is left of it when its size or direction is the
         same for all queries, or comes from images or text alone.
     parts
-        Parts of each vector by themselves: layers, heads, or rows (query/image, query/text, answer).
+        Parts of each vector by themselves: layers, heads, or rows (sink and template, the query's image and question,
+        and the positions that answer).
     cost
         Measure the time to the first token and for each decoded one.
     distances
@@ -319,6 +336,7 @@ def compare(
                     progress=progress,
                 )
             if cost:
+                from probe.experiments.answering import units
                 from probe.experiments.vector_cost import vector_cost
 
                 with reporter.step("measuring times"):
@@ -327,7 +345,7 @@ def compare(
                         for way in ways
                         if way.kind != "random" and way.whole and (not way.shown or way.vector is None)
                     ]
-                    costs = vector_cost(model, episodes[:16], timed)
+                    costs = vector_cost(model, next(units(model, episodes, min(16, batch_size))), timed)
                 result = result.merge(costs.drop_attrs(), join="left").assign_attrs(result.attrs)
             finish(run, source, result)
         from probe.cli.vector_report import figures_of, show_comparison

@@ -85,10 +85,11 @@ class Queries(Source):
     Parameters
     ----------
     shots
-        Demonstrations of each query, for the comparison with them.
+        Demonstrations of each query, for the comparison with them; the default is as many as the vectors were fitted
+        with.
     """
 
-    shots: int = 8
+    shots: int = 0
     episodes: int = 256
     seed: int = 1
 
@@ -199,7 +200,15 @@ def load_vectors(places: tuple[Path, ...]) -> dict[str, InContextVector]:
 
 
 def same_task(source: Queries, vectors: dict[str, InContextVector]) -> Queries:
-    """If nothing else was asked for, the task that the vectors were fitted on."""
+    """If nothing else was asked for, the task and the number of shots that the vectors were fitted on."""
+    if source.shots < 1:
+        shots = {k for v in vectors.values() for k in v.card.get("data", {}).get("shots", ())}
+        if len(shots) != 1:
+            raise UsageError(
+                f"The vectors were fitted with {', '.join(map(str, sorted(shots))) or 'no known number of'} shots: say "
+                "with how many to compare them (--shots)."
+            )
+        source = replace(source, shots=shots.pop())
     if source.task is not None or source.data is not None:
         return source
     strategies = {name for v in vectors.values() for name in v.card.get("data", {}).get("strategies", ())}

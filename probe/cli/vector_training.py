@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of its directory, and in tables."""
-        what = self.method.label.replace(" ", "_").replace("=", "-")
+        what = re.sub(r"[^A-Za-z0-9._-]", "-", self.method.label.replace(" ", "_"))
         return f"{what}.{self.shots}shot.{self.episodes}ep.seed{self.seed}"
 
 
@@ -53,10 +54,15 @@ def find(
     seeds: str,
     out: Path | None,
     json: bool,
+    gradients: bool,
 ) -> None:
     """Find vectors; the commands `train` and `fit` say what for."""
     source.check()
     methods = parse_methods(method)
+    from probe.vectors.method import Trained
+
+    if not gradients and (wrong := [each.name for each in methods if isinstance(each, Trained)]):
+        raise UsageError(f"{', '.join(wrong)} is found by gradient descent; use probe vector train.")
     numbers = {"--shots": parse_numbers("--shots", shots, 1), "--seeds": parse_numbers("--seeds", seeds, 0)}
     counts = parse_numbers("--sizes", sizes, 2) if sizes is not None else [source.episodes]
     if max(counts) > source.episodes:
@@ -79,6 +85,10 @@ def find(
 
         episodes = {k: source.read(k) for k in numbers["--shots"]}
         content = [episodes_key(some) for some in episodes.values()]
+        there = min(len(some) for some in episodes.values())  # data may hold fewer examples than were asked for
+        if sizes is not None and max(counts) > there:
+            raise UsageError(f"--sizes asks for {max(counts)} episodes; the data give {there}.")
+        jobs = [replace(job, episodes=min(job.episodes, there)) for job in jobs]
     from probe.cli.running import experiment_run
 
     settings = {
@@ -116,7 +126,7 @@ def _find(
     import xarray as xr
 
     from probe.cli.running import finish, load_model, manifest
-    from probe.experiments.answering import facts
+    from probe.experiments.answering import facts, within_memory
     from probe.vectors.method import Trained
     from probe.vectors.teacher import Teacher
 
@@ -133,26 +143,33 @@ def _find(
             def compute(
                 job: Job = job, some: list[Episode] = some, training: Training = training, n: int = n, at: int = number
             ) -> xr.Dataset:
+                size = training.batch_size
                 if isinstance(job.method, Trained):  # others read their episodes themselves
                     objective = job.method.objective
                     site = objective.align_site if objective.align else None
-                    with reporter.progress("reading demonstrations", len(some)) as progress:
-                        teacher.lessons(some, site, batch_size=training.batch_size, progress=progress)
-                with reporter.progress(f"{job.name} ({at + 1} of {len(jobs)})", n) as progress:
+                    with reporter.progress("reading demonstrations", len(some)) as progress, within_memory(model, size):
+                        teacher.lessons(some, site, batch_size=size, progress=progress)
+                title = f"{job.name} ({at + 1} of {len(jobs)})"
+                with reporter.progress(title, n) as progress, within_memory(model, size):
                     vector = job.method.fit(
                         model,
                         some,
                         training=training,
                         teacher=teacher,
                         directory=run.path(STATES) / job.name,
-                        progress=lambda done, _: progress(done),
+                        progress=lambda done, total: progress(round(n * done / total)),
                     )
                 vector.save(run.path(VECTORS) / job.name)
                 return _curve(job, vector)
 
             found.append(run.part(f"{number:04d}-{job.name}", compute))
     result = xr.concat(found, "vector", data_vars="all", coords="different", compat="equals", join="outer")
-    result.attrs = {**facts(model), "experiment": "vector", "n_done": source.episodes, "teacher": str(teacher)}
+    result.attrs = {
+        **facts(model),
+        "experiment": "vector",
+        "n_done": max(map(len, episodes.values())),
+        "teacher": str(teacher),
+    }
     finish(run, source, result)
 
     shutil.rmtree(run.path(STATES), ignore_errors=True)

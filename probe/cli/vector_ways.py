@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from probe.vectors.vector import InContextVector
 
 PARTS = ("layers", "heads", "rows")
-ROWS = ("query/image", "query/question", "query/delimiter", "answer")
+ROWS = ("sink+template", "query/image", "query/question", "answer")
 """By which positions a vector is taken apart."""
 
 
@@ -52,4 +52,6 @@ def _parts(label: str, vector: InContextVector, parts: str) -> list[Way]:
         n_heads = int(vector.card["model"]["heads"])
         pairs = [(layer, head) for layer in layers for head in range(n_heads)]
         return [Way(f"{label}, head {layer}.{head}", vector, heads=((layer, head),)) for layer, head in pairs]
+    if vector.method.rows != "all":
+        return []  # it acts at chosen positions; others are no part of it
     return [Way(f"{label}, at {rows}", vector, rows=rows) for rows in ROWS]

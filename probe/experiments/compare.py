@@ -19,7 +19,7 @@ from probe.data.example import Episode
 from probe.data.manifest import content_key, query_keys
 from probe.errors import UsageError
 from probe.experiments.answering import answer_limit, check_words, facts, units, within_memory
-from probe.experiments.ways import FEW, ORACLE, ORACLES, ZERO, OracleOnce, Way, describe_ways
+from probe.experiments.ways import FEW, IN_CONTEXT, ORACLE, ORACLES, ZERO, OracleOnce, Way, describe_ways
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.scoring import cut_answer, exact_match
@@ -32,6 +32,7 @@ from probe.trace.steer import unsteered
 from probe.vectors.oracle import Oracle
 from probe.vectors.pairs import Pair, encode_pair
 from probe.vectors.teacher import flat_places, stack
+from probe.vectors.vector import InContextVector
 
 DISTANCE_SITE: Output = "layer_output"
 
@@ -55,7 +56,8 @@ def compare(
     model
         From :func:`probe.load`.
     episodes
-        With demonstrations; ways that do not show them read the query alone.
+        With demonstrations; ways that do not show them read the query alone. Those whose queries a vector was fitted on
+        are left out, and counted (``n_left_out``).
     ways
         Such as :func:`ways_for` makes; zero-shot and few-shot must be among them.
     oracle
@@ -96,10 +98,19 @@ def compare(
     if unsteered(model, ())[1]:
         raise UsageError("Compared are vectors in a model as it is; give the one that was steered.")
     _check(model, episodes, ways, batch_size)
+    asked = len(episodes)
+    episodes = unseen(episodes, [way.fitted for way in ways if way.fitted is not None])
     check_words(model, episodes)
     limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
     find = OracleOnce(model, episodes, batch_size) if oracle else None
-    plan = key({"oracle": oracle, "ways": [way.identity for way in ways], "limit": limit, "distances": distances})
+    plan = key(
+        {
+            "oracle": content_key(episodes) if oracle else "",
+            "ways": [way.identity for way in ways],
+            "limit": limit,
+            "distances": distances,
+        }
+    )
     done: list[xr.Dataset] = []
     n = 0
     for unit in units(model, episodes, batch_size):
@@ -126,10 +137,29 @@ def compare(
         "experiment": "compare",
         "max_new_tokens": limit,
         "n_attempted": len(episodes),
+        "n_left_out": asked - len(episodes),
         "n_done": result.sizes["episode"],
         "n_failed": 0,
     }
     return result
+
+
+def unseen(episodes: Sequence[Episode], vectors: Sequence[InContextVector]) -> list[Episode]:
+    """The episodes whose queries no vector was fitted on; others would flatter it.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
+    """
+    fitted_on = {name for vector in vectors for name in vector.card.get("data", {}).get("queries", ())}
+    left = [e for e, name in zip(episodes, query_keys(episodes), strict=True) if name not in fitted_on]
+    if not left:
+        raise UsageError(
+            f"All {len(episodes)} queries are among those that a vector was fitted on: answers to them would flatter "
+            "it. Ask others, with another --seed or, of your own data, another file (--data)."
+        )
+    return left
 
 
 def _check(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], batch_size: int) -> None:
@@ -148,13 +178,6 @@ def _check(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], batch
         if way.vector is not None:
             way.vector.check(model)
             way.edits()  # refuses layers, heads and rows that it does not have
-    asked = set(query_keys(episodes))
-    for way in ways:
-        if way.fitted is not None and (seen := asked & set(way.fitted.card.get("data", {}).get("queries", ()))):
-            raise UsageError(
-                f"{len(seen)} of the {len(asked)} queries are among those that {way.label} was fitted on: the "
-                "comparison would flatter it. Ask other queries, such as with another --seed."
-            )
 
 
 @dataclass(frozen=True)
@@ -192,7 +215,7 @@ class _Reading:
 def _read(model: Model, at: _Material, way: Way, n_states: int) -> _Reading:
     """Read one batch in one way, its answers given; the states of the first episodes, ``[layer, n, hidden]`` each."""
     batch = at.shown if way.shown else at.alone
-    if isinstance(way.vector, Oracle):
+    if isinstance(way.vector, Oracle) and way.label == IN_CONTEXT:
         batch = way.vector.as_in_context(batch)
     rows = [torch.from_numpy(pair.kept[pair.query] if way.shown else pair.query) for pair in at.pairs]
     places = flat_places(batch, rows)

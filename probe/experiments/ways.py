@@ -8,6 +8,7 @@ predicted when the answer is given.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from probe.vectors.vector import Head, InContextVector
 
 ZERO, FEW, ORACLE, RANDOM = "zero-shot", "few-shot", "oracle", "random"
 ORACLES: dict[str, dict[str, object]] = {
+    "oracle, in context": {},
     "oracle": {},
     "oracle, constant size": {"mu": "mean"},
     "oracle, constant shift": {"shift": "mean"},
@@ -34,7 +36,13 @@ ORACLES: dict[str, dict[str, object]] = {
     "oracle, text": {"modalities": ("textual",)},
     "oracle, structure": {"modalities": ("structural",)},
 }
-"""The oracle and what is left of it, with the choices of :class:`probe.vectors.oracle.Oracle`."""
+"""The oracle and what is left of it, with the choices of :class:`probe.vectors.oracle.Oracle`.
+
+The first is read where the query stands behind its demonstrations, and is exact. All others are read where it stands by
+itself, as vectors are: the two can differ much, and only the latter can be compared with vectors.
+"""
+
+IN_CONTEXT = "oracle, in context"
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,9 @@ def ways_for(
         if put_back:
             found.append(Way(f"{label} + demonstrations", vector, shown=True))
         for draw in range(random):
-            other = random_like(vector, seed=1000 * seed + draw)
+            # Of its own for each vector: one draw that happens to help would else be seen once for every seed.
+            own = zlib.crc32(f"{label} {draw}".encode())
+            other = random_like(vector, seed=own + seed)
             name = f"{RANDOM} like {label}" + (f" {draw}" if random > 1 else "")
             found.append(Way(name, other, kind=RANDOM, like=label))
     return found
@@ -149,6 +159,7 @@ def describe_ways(ways: Sequence[Way]) -> dict[str, tuple[str, object]]:
         "like": ("way", [way.like for way in ways]),
         "method": ("way", ["" if way.fitted is None else way.fitted.method.label for way in ways]),
         "vector": ("way", ["" if way.fitted is None else way.fitted.identity[:12] for way in ways]),
+        "training_data": ("way", [" ".join(map(str, card(way, "data", "strategies") or ())) for way in ways]),  # type: ignore[call-overload]
         "training": ("way", [" ".join(f"{k}={v}" for k, v in x.items() if k != "seed") for x in trained]),
         "training_seed": numbers("training", "seed"),
         "training_episodes": numbers("data", "episodes"),

@@ -15,7 +15,17 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-ALIKE = ("kind", "method", "training", "training_episodes", "training_shots", "shown", "scale", "where")
+ALIKE = (
+    "kind",
+    "method",
+    "training",
+    "training_data",
+    "training_episodes",
+    "training_shots",
+    "shown",
+    "scale",
+    "where",
+)
 
 Facts = Mapping[str, object]
 """What is known of a way, by the names of :data:`ALIKE`."""

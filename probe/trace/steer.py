@@ -141,7 +141,8 @@ class _Untouchable:
     def __getattr__(self, name: str) -> Any:
         if name in ("forward", "generate"):
             return self
-        return getattr(self._module, name)
+        value = getattr(self._module, name)
+        return _Untouchable(value) if isinstance(value, torch.nn.Module) else value
 
     def __setattr__(self, name: str, value: object) -> None:
         raise UsageError(f"The module of a steered model is not to be changed; change {name} of the model itself.")

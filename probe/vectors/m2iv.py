@@ -6,10 +6,10 @@ at all positions, without a change of norms. Found by distilling a teacher that 
 by making what the two branches write agree feature by feature and nowhere else (*synergistic*, after Barlow Twins), and
 by cross-entropy (*supervised*).
 
-"Style", because the paper's choices are not all public. Ours, each an option that the card records: the weights, the
-weight off the diagonal, where vectors and alphas start, their step sizes; the branches' outputs are standardised over
-all the query's positions of a batch, feature by feature, without a projection, and the term is a mean over layers and
-features.
+"Style", because the paper's choices are not all public. Ours, which the card records: the weights, the weight off the
+diagonal, where vectors and alphas start, their step sizes, a temperature of 1; the branches' outputs are standardised
+over all the query's positions of a batch, feature by feature, without a projection, and the term is a mean over layers
+and features.
 
 References
 ----------

@@ -4,7 +4,7 @@
 
 at the position that predicts the answer's first token, in one layer: an early layer's difference is there to be worked
 with, that of the last can only choose among answers. Which layer, unless given, is chosen by the log-probability of the
-gold answers of validation episodes. The difference of every layer is kept, so that a profile over layers needs one fit.
+gold answers of validation episodes.
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ def method_of(name: str, options: Mapping[str, object] | None = None) -> Method:
             raise UsageError(f"{name} has no option {option!r}; {did_you_mean(option, tuple(usual))}")
         if not _is_like(value, usual[option]):
             raise UsageError(f"The option {option} of {name} cannot be {value!r}; the default is {usual[option]!r}.")
-    return METHODS[name](**(options or {}))
+    given = dict(options or {})
+    for option, value in given.items():
+        if isinstance(usual[option], float) and isinstance(value, int):
+            given[option] = float(value)  # 1 and 1.0 are one option, and a tensor filled with it has to be of floats
+    return METHODS[name](**given)
 
 
 def _is_like(value: object, usual: object) -> bool:

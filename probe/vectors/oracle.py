@@ -41,7 +41,7 @@ it. A query without an image has no cross-attention to put it back into, and is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -95,6 +95,7 @@ class Oracle:
     mu: Mu = "own"
     shift: Shift = "own"
     modalities: tuple[str, ...] = ()
+    _kept: dict[Place, tuple[Means, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for what, given, known in (("mu", self.mu, get_args(Mu)), ("shift", self.shift, get_args(Shift))):
@@ -261,11 +262,14 @@ class Oracle:
         """Of each half."""
         if self.mu == "own" and self.shift == "own":
             return None
+        if place in self._kept:
+            return self._kept[place]
         parts = choose_parts(self.modalities, self.parts)
         halves = [[each.shifts[place] for each in self.lookups.values() if each.half == half] for half in (0, 1)]
         if not all(halves):
             raise UsageError("Means come from the other half of the episodes: two episodes or more are needed.")
-        return tuple(means_of(half, parts) for half in halves)
+        self._kept[place] = tuple(means_of(half, parts) for half in halves)
+        return self._kept[place]
 
 
 def read_oracle(

@@ -80,6 +80,8 @@ class Training:
             )
         if self.speed <= 0 or self.clip <= 0 or self.weight_decay < 0:
             raise UsageError("Speed and clip are more than 0, and weight decay is 0 or more.")
+        if self.patience and not self.validation:
+            raise UsageError("Patience waits for validation: let some episodes validate, or leave it out.")
         if not (0 <= self.validation < 1 and 0 <= self.warm_up < 1):
             raise UsageError("The shares of validation and warm-up are 0 or more and less than 1.")
 
@@ -158,6 +160,9 @@ def train(
     if begin is not None:
         begin.check(model)
         card["begin"] = {"label": begin.label, "identity": begin.identity}
+    card["step_sizes"] = {
+        part: options.speed * method.step_size(part) for part in method.start(model, torch.Generator())
+    }
     name = key({"method": method.name, "options": asdict(method), **card})
     state = _State.start(method, model, options, name, begin)
     site = objective.align_site if objective.align else None
