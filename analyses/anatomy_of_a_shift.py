@@ -59,9 +59,11 @@ table.sort_values("shift", ascending=False).head(8).round(2)
 #
 # ## Put back, whole and in parts
 #
-# The oracle feeds every head, at every position, its own μ and SA_D. The query alone then gives what it gives with its
-# demonstrations, state by state: nothing that demonstrations do goes another way. What is left when the size, the
-# direction or the kind of token is no longer the query's own says what a vector would have to carry.
+# The oracle feeds every head, at every position, its own μ and SA_D. Read where the query stands behind its
+# demonstrations (*in context*), the query alone then gives what it gives with them, state by state: nothing that
+# demonstrations do goes another way. Where the query stands by itself, as it does for a vector, the answers are the
+# same. What is left when the size, the direction or the kind of token is no longer the query's own says what a vector
+# would have to carry.
 
 # %%
 bare = [Way("zero-shot", kind="zero-shot"), Way("few-shot", shown=True, kind="few-shot")]
@@ -73,10 +75,10 @@ last = {task: result["distance"].isel(layer=-1).mean("episode").to_series() for 
 pd.DataFrame(last).loc[["zero-shot", *ORACLES]].round(5)
 
 # %% [markdown]
-# The oracle is exact to rounding. In both tasks the size may be the same for all queries, more or less, but the mean
-# direction, which no one has trained, is not enough: a fixed binding is nearly lost with it. And the rule of
-# `operator:3` can be had from the demonstrations' *structure* alone (what stands between their words and pictures),
-# since the model has gathered it there.
+# In context the oracle is exact to rounding. One size for all queries costs the operator two fifths of its answers and
+# the binding hardly any; one direction costs the operator hardly any and the binding all of them, for there the answer
+# *is* the direction. And the rule of `operator:3` can be had from the demonstrations' *structure* alone (what stands
+# between their words and pictures), since the model has gathered it there.
 #
 # ## Learned
 #

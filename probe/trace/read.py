@@ -91,9 +91,10 @@ _wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 
 def wrap(model: Model) -> Any:
     """The model's nnsight wrapper, made once."""
-    if model not in _wrapped:
-        _wrapped[model] = NNsight(model.module)
-    return _wrapped[model]
+    found = _wrapped.get(model)
+    if found is None:
+        found = _wrapped[model] = NNsight(model.module)
+    return found
 
 
 def attention_call(attention: Any) -> Any:
@@ -226,29 +227,31 @@ def visit(
     """
     wrapped = wrap(model)
     block, attention = wrapped.get(site.block), wrapped.get(site.attention)
-    own = {name: [edit for edit in edits if edit.site == name] for name in _EDITED}
+    own: dict[str, list[Edit]] = {}
+    for edit in edits:
+        own.setdefault(edit.site, []).append(edit)
     found: dict[str, Any] = {}
     if "residual" in wanted:
         found["residual"] = block.input
     call = None
-    if "attention" in wanted or own["heads"]:
+    if "attention" in wanted or "heads" in own:
         call = describe(site, *attention_call(attention).inputs)
         found["attention"] = call if "attention" in wanted else None
-    if "heads" in wanted or own["heads"]:
+    if "heads" in wanted or "heads" in own:
         heads = attention.o_proj.input.unflatten(2, (model.n_heads, -1))
         found["heads"] = heads if "heads" in wanted else None
-        for edit in own["heads"]:
+        for edit in own.get("heads", ()):
             heads = edit.fn(heads, Context(batch, edit.layer, call, step))
-        if own["heads"]:
+        if "heads" in own:
             attention.o_proj.input = heads.flatten(2)
     for name in _OUTPUTS:
-        if name in wanted or own[name]:
+        if name in wanted or name in own:
             module = attention.o_proj if name == "attention_output" else block.mlp if name == "mlp_output" else block
             output = module.output
             value = output[0] if isinstance(output, tuple) else output
-            for edit in own[name]:
+            for edit in own.get(name, ()):
                 value = edit.fn(value, Context(batch, edit.layer, None, step))
-            if own[name]:
+            if name in own:
                 module.output = (value, *output[1:]) if isinstance(output, tuple) else value
             found[name] = value if name in wanted else None
     return LayerValues(site.layer, site.axis, batch, **found)

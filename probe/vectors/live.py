@@ -86,8 +86,8 @@ class Live(Trained):
         def fn(value: Tensor, _: object) -> Tensor:
             h = widen(value)
             moved = h + shift.to(h.device)
-            size = h.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
-            kept: Tensor = moved * size
+            size, new = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (h, moved))
+            kept: Tensor = moved * (size / new.clamp_min(FLOOR))
             return kept.to(value.dtype)
 
         return Edit(self.site, layer, fn)
