@@ -151,7 +151,7 @@ def training(model: probe.Model, plain: probe.Model, rounds: int) -> None:
     def through_nnsight(own: dict[str, torch.Tensor], optimiser: torch.optim.AdamW) -> float:
         terms = losses_of(method, model, own, lessons, teacher, method.objective)
         descend(terms["loss"], optimiser)
-        return float(terms["loss"])
+        return float(terms["loss"].detach())
 
     def with_hooks(own: dict[str, torch.Tensor], optimiser: torch.optim.AdamW) -> float:
         states: dict[int, torch.Tensor] = {}
@@ -162,7 +162,7 @@ def training(model: probe.Model, plain: probe.Model, rounds: int) -> None:
         align = (stacked - torch.cat(teacher.states(lessons, "mlp_output"), 1)).square().mean()
         loss = align + 0.5 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
         descend(loss, optimiser)
-        return float(loss)
+        return float(loss.detach())
 
     ways = {"nnsight": (through_nnsight, *parameters()), "hooks": (with_hooks, *parameters())}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
