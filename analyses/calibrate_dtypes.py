@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from probe.experiments.attention_map import RESIDUAL_BOUND
 from probe.measures import mass as measure
+from probe.measures.mass import RESIDUAL_BOUND
 from probe.models.encoding import Batch
 from probe.models.families.qwen import QWEN2_5_VL
 from probe.models.model import Model

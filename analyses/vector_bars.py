@@ -131,8 +131,12 @@ def main() -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         model = probe.load("toy")
         for task in given.tasks.split(",") if given.tasks else (*FIXED, *BINDINGS):
-            if not path_of(given.out, task).exists():
-                n = given.queries // 4 if task.startswith("operator") else given.queries
+            n = given.queries // 4 if task.startswith("operator") else given.queries
+            if path_of(given.out, task).exists():
+                found = read_zarr(path_of(given.out, task)).attrs
+                if (found["queries"], found["model_fingerprint"]) != (n, model.fingerprint):
+                    raise SystemExit(f"{path_of(given.out, task)} is of other settings; choose another --out.")
+            else:
                 write_zarr(path_of(given.out, task), measure(model, task, n))
                 print(f"{task}: done", flush=True)
     show(given.out)

@@ -30,6 +30,7 @@ from probe.experiments.attention_dataset import (
     label_tokens,
 )
 from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
+from probe.measures.mass import RESIDUAL_BOUND
 from probe.measures.sinks import THRESHOLD
 from probe.models.model import Model
 from probe.models.token_map import segments_for
@@ -37,10 +38,6 @@ from probe.scoring import cut_answer
 from probe.store import Keep, key
 from probe.trace.generate import generate
 from probe.trace.read import read
-
-RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed.
-In half precision about three times the largest that was found on random models (``analyses/calibrate_dtypes.py``)."""
 
 
 def attention_map(

@@ -20,8 +20,8 @@ from probe.data.example import Episode, Example
 from probe.data.scenes import Scene, render
 from probe.errors import UsageError
 from probe.experiments.attention_dataset import Plan
-from probe.experiments.attention_map import RESIDUAL_BOUND
 from probe.experiments.attention_reducer import BatchRows, Keys, make_reducer
+from probe.measures.mass import RESIDUAL_BOUND
 from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.models.oracle import naive_attention, observed

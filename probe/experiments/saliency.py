@@ -23,8 +23,7 @@ from probe.data.images import open_images
 from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError
 from probe.experiments.answering import check_words, facts, within_memory
-from probe.experiments.attention_map import RESIDUAL_BOUND
-from probe.measures.mass import residual, row_attention, row_visibility
+from probe.measures.mass import RESIDUAL_BOUND, residual, row_attention, row_visibility
 from probe.measures.saliency import DEMONSTRATION_FLOWS, FLOWS, Groups, flows, saliency_matrix
 from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model

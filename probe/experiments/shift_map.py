@@ -21,9 +21,9 @@ from probe.data.manifest import content_key
 from probe.errors import ProbeError, UsageError
 from probe.experiments.answering import check_words, facts, units, within_memory
 from probe.experiments.attention_dataset import Plan
-from probe.experiments.attention_map import RESIDUAL_BOUND
 from probe.experiments.attention_reducer import BatchRows, Keys
 from probe.experiments.shift_reducer import Readout, answer_logits, average_known, last_stream, make_reducer
+from probe.measures.mass import RESIDUAL_BOUND
 from probe.models.encoding import Encoding
 from probe.models.model import Model
 from probe.models.token_map import segments_for

@@ -24,6 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+RESIDUAL_BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest accepted residual for each type of weights: beyond it, what was recorded is not what the model computed.
+In half precision about three times the largest that was found on random models (``analyses/calibrate_dtypes.py``)."""
+
 
 def row_attention(
     q: Float[Tensor, "batch head query width"],

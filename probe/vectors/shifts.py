@@ -25,7 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probe.errors import ProbeError, UsageError, did_you_mean
-from probe.measures.mass import residual, row_visibility
+from probe.measures.mass import RESIDUAL_BOUND, residual, row_visibility
+from probe.measures.partition import SCORES
 from probe.models.sites import Axis
 from probe.models.token_map import MODALITY_OF_ROLE, ROLES
 from probe.trace.edit import Attention
@@ -36,12 +37,6 @@ MODALITIES = ("visual", "textual", "structural")
 """The parts that demonstrations have."""
 
 WHOLE, REST = "demonstrations", "rest"
-
-SCORES = 2**25
-"""How many scores are held at a time (fp32: 128 MB)."""
-
-BOUND = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""How far what was split may be from the heads' own outputs, by the type of the weights."""
 
 NOTHING = float("-inf")
 """The logarithm of no mass."""
@@ -243,7 +238,7 @@ def _check(shifts: Shifts, values: LayerValues, rows: Int[Tensor, "batch row"], 
     used = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(lengths, device=rows.device)[:, None]
     used = used & (shifts.log_total[:, 0] > torch.finfo(shifts.log_total.dtype).min / 2)  # a row may see nothing
     off = residual(shifts.rebuilt, own).masked_fill(~used[:, None], 0.0).max()
-    bound = BOUND[values.heads.dtype]
+    bound = RESIDUAL_BOUND[values.heads.dtype]
     if not bool(off <= bound):
         raise ProbeError(
             f"Layer {values.layer}: attention split into demonstrations and the rest is off by {float(off):.1e} of its "
