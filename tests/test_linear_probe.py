@@ -347,7 +347,7 @@ def test_the_image_is_read_at_its_tokens_and_the_binding_at_the_row_that_answers
 
 def test_the_picture_shows_the_result(bound: xr.Dataset) -> None:
     figure = plot_linear_probe(bound.assign_attrs(model="a <b>"))
-    text = figure.to_json()
+    text = json.dumps(json.loads(figure.to_json()), ensure_ascii=False)  # plotly writes "<" as "\\u003c"
     assert "only" not in bound.attrs["caveat"] and "seeded" in text
     assert "does not say that the model uses it" in text
     assert "<b>a <b>" not in text and "a &lt;b&gt;" in text
