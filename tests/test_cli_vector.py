@@ -219,6 +219,23 @@ def test_queries_that_were_trained_on_are_refused(trained, capsys):
     assert "fitted on" in said
 
 
+def test_queries_that_were_trained_on_are_left_out_and_counted(trained, capsys):
+    """A scene is four words in the text-only twin, so another seed asks some queries again."""
+    small = ("--episodes", "40", "--shots", "1", "--task", "operator-text:3")
+    printed(capsys, "vector", "fit", *small, "--method", "mean-difference:layer=1", "--out", "words")
+    for command in (("compare", "words", "--random", "0", "--distances", "0"), ("apply", "words")):
+        told = json.loads(printed(capsys, "vector", *command, *small, "--out", command[0], "--json"))
+        assert told["n_left_out"] + told["n_done"] == 40
+        assert 0 < told["n_left_out"] < 40
+    assert "left out" in printed(capsys, "vector", "apply", "words", *small, "--out", "apply")
+
+
+def test_no_shots_are_refused_and_not_replaced(trained, capsys):
+    code, said = failure(capsys, "vector", "compare", str(trained), "--episodes", "4", "--shots", "0")
+    assert code == 2
+    assert "no demonstrations" in said
+
+
 def test_vectors_of_another_model_and_damaged_ones_are_refused(trained, tmp_path, capsys):
     place = tmp_path / "vector"
     shutil.copytree(trained / "vectors" / "live.2shot.20ep.seed0", place)

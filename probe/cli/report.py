@@ -70,6 +70,8 @@ class Reporter:
                 f"{', '.join(map(str, shots))} shots, seed {attrs['seed']}"
             ),
         )
+        if left_out := attrs.get("n_left_out"):
+            table.add_row("left out", f"{left_out} queries that a vector was fitted on")
         for name, text in more:
             table.add_row(name, escape(text))
         if reused:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from probe.cli.options import Json
 from probe.cli.vector_options import Learning, Lessons, Placing, Queries, load_vectors, same_task
 from probe.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 JsonOption = Annotated[Json, Parameter(name="--json")]
 
@@ -191,7 +188,8 @@ def apply(
                 "them all (probe vector compare)."
             )
         (label, own), source = next(iter(vectors.items())), same_task(source, vectors)
-        episodes = unseen(source.read_episodes(), [own])
+        asked = source.read_episodes()
+        episodes = unseen(asked, [own])
         read = episodes if shown else [alone(episode) for episode in episodes]
         settings = {
             "episodes_key": episodes_key(read),
@@ -231,7 +229,8 @@ def apply(
                 )
             for name in ("prediction", "correct", "score", "log_probability"):
                 result[f"{name}_without"] = plain[name]
-            result.attrs |= {"experiment": "vector_apply", "vector": label, **asdict(placing)}
+            about = {"experiment": "vector_apply", "vector": label, "n_left_out": len(asked) - len(read)}
+            result.attrs |= {**about, **asdict(placing)}
             finish(run, source, result)
         from probe.cli.training_report import show_application
 

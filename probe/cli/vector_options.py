@@ -85,11 +85,11 @@ class Queries(Source):
     Parameters
     ----------
     shots
-        Demonstrations of each query, for the comparison with them; the default is as many as the vectors were fitted
-        with.
+        Demonstrations of each query, for the comparison with them; the default, -1, is as many as the vectors were
+        fitted with.
     """
 
-    shots: int = 0
+    shots: int = -1
     episodes: int = 256
     seed: int = 1
 
@@ -201,7 +201,7 @@ def load_vectors(places: tuple[Path, ...]) -> dict[str, InContextVector]:
 
 def same_task(source: Queries, vectors: dict[str, InContextVector]) -> Queries:
     """If nothing else was asked for, the task and the number of shots that the vectors were fitted on."""
-    if source.shots < 1:
+    if source.shots < 0:
         shots = {k for v in vectors.values() for k in v.card.get("data", {}).get("shots", ())}
         if len(shots) != 1:
             raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from probe.data.example import Episode
 from probe.data.manifest import content_key, query_keys
 from probe.errors import UsageError
 from probe.experiments.answering import answer_limit, check_words, facts, units, within_memory
-from probe.experiments.ways import FEW, IN_CONTEXT, ORACLE, ORACLES, ZERO, OracleOnce, Way, describe_ways
+from probe.experiments.ways import FEW, IN_CONTEXT, ORACLE, ORACLES, ZERO, Way, describe_ways, oracle_ways
 from probe.models.encoding import Batch
 from probe.models.model import Model
 from probe.scoring import cut_answer, exact_match
@@ -85,8 +86,8 @@ def compare(
         query's and the answer's positions of the norm of the difference to the state with demonstrations, at the
         layer's output; NaN beyond the first ``distances`` episodes. On ``way``: ``kind``, ``shown``, ``scale``,
         ``where`` (layers, heads and rows, if not all), ``like``, ``method``, ``vector`` (the same where two ways use
-        one vector), ``training`` (all options but the seed), ``training_seed``, ``training_episodes``,
-        ``training_shots``, ``n_parameters``, ``n_bytes``.
+        one vector), ``training`` (all options but the seed), ``training_data``, ``training_seed``,
+        ``training_episodes``, ``training_shots``, ``n_parameters``, ``n_bytes``.
 
     Raises
     ------
@@ -102,7 +103,8 @@ def compare(
     episodes = unseen(episodes, [way.fitted for way in ways if way.fitted is not None])
     check_words(model, episodes)
     limit = answer_limit(model, episodes) if max_new_tokens is None else max_new_tokens
-    find = OracleOnce(model, episodes, batch_size) if oracle else None
+    # Read when it is first needed: a run that goes on may need it no more.
+    oracles = cache(partial(oracle_ways, model, episodes, batch_size))
     plan = key(
         {
             "oracle": content_key(episodes) if oracle else "",
@@ -118,7 +120,7 @@ def compare(
 
         def compute(unit: Sequence[Episode] = unit, n_distances: int = n_distances) -> xr.Dataset:
             with within_memory(model, len(unit)):
-                return _measure(model, unit, [*ways, *(find.ways() if find else ())], limit, n_distances)
+                return _measure(model, unit, [*ways, *(oracles() if oracle else ())], limit, n_distances)
 
         done.append(keep(f"{n:06d}-{plan}-{content_key(unit)}", compute) if keep else compute())
         n += len(unit)

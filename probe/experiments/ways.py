@@ -11,7 +11,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,14 +168,7 @@ def describe_ways(ways: Sequence[Way]) -> dict[str, tuple[str, object]]:
     }
 
 
-class OracleOnce:
-    """The oracle of all episodes, read when it is first needed: a run that goes on may need it no more."""
-
-    def __init__(self, model: Model, episodes: Sequence[Episode], batch_size: int) -> None:
-        self._read = partial(read_oracle, model, episodes, batch_size=batch_size, by_modality=True)
-        self._found: Oracle | None = None
-
-    def ways(self) -> list[Way]:
-        """The oracle and its ablations."""
-        self._found = self._found or self._read()
-        return [Way(name, replace(self._found, **choices), kind=ORACLE) for name, choices in ORACLES.items()]  # type: ignore[arg-type]
+def oracle_ways(model: Model, episodes: Sequence[Episode], batch_size: int) -> list[Way]:
+    """The oracle of episodes and its ablations."""
+    found = read_oracle(model, episodes, batch_size=batch_size, by_modality=True)
+    return [Way(name, replace(found, **choices), kind=ORACLE) for name, choices in ORACLES.items()]  # type: ignore[arg-type]

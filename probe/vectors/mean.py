@@ -78,16 +78,11 @@ class MeanDifference(Method):
             raise UsageError("There are no episodes to choose a layer by; give more, or name a layer.")
         differences = mean_differences(model, learn, self.site, options.batch_size)
         layer = self.layer
-        found = [at_layer(self, differences, at) for at in range(model.n_layers)]
+        found = [InContextVector(replace(self, layer=at), {"v": v.clone()}) for at, v in enumerate(differences)]
         if layer < 0:
             layer = int(torch.tensor([_probability(model, validate, v, options.batch_size) for v in found]).argmax())
         card = describe(model, self, episodes, options)
         return replace(found[layer], card=card)
-
-
-def at_layer(method: MeanDifference, differences: Tensor, layer: int) -> InContextVector:
-    """The vector of one layer, from ``[layer, hidden]``."""
-    return InContextVector(replace(method, layer=layer), {"v": differences[layer].clone()})
 
 
 def mean_differences(model: Model, episodes: Sequence[Episode], site: Output, batch_size: int) -> Tensor:

@@ -8,7 +8,7 @@ it are read again whenever they are asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -167,13 +167,6 @@ class Teacher:
         return logits, [part.clone() for part in stacked.split([len(row) for row in rows], dim=1)]
 
 
-def merged(
-    text: Mapping[int, Mapping[str, Tensor]], cross: Mapping[int, Mapping[str, Tensor]]
-) -> dict[int, Mapping[str, Tensor]]:
-    """By layer, what was read of a decoder's blocks, those with cross-attention alone included."""
-    return {**cross, **text}
-
-
 def stack(model: Model, reading: Reading, name: str) -> Tensor:
     """One value of every decoder layer, ``[layer, …]``.
 
@@ -182,7 +175,7 @@ def stack(model: Model, reading: Reading, name: str) -> Tensor:
     UsageError
         If a layer did not run.
     """
-    by_layer = merged(reading.layers, reading.cross)
+    by_layer = {**reading.cross, **reading.layers}  # some decoder layers have cross-attention alone
     idle = [str(layer) for layer in range(model.n_layers) if layer not in by_layer]
     if idle:
         raise UsageError(
