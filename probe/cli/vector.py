@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from probe.cli.options import Json
-from probe.cli.vector_options import Learning, Lessons, Placing, Queries, load_vectors, same_task
+from probe.cli.vector_options import Learning, Lessons, Placing, Queries, Several, load_vectors, same_task
 from probe.errors import UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from probe.data.example import Episode
+    from probe.experiments.ways import Way
+    from probe.models.model import Model
 
 JsonOption = Annotated[Json, Parameter(name="--json")]
 
@@ -21,11 +29,9 @@ app = App(name="vector", help="Vectors in place of demonstrations: fit, train, p
 def train(
     source: Lessons | None = None,
     learning: Learning | None = None,
+    several: Several | None = None,
     *,
     method: str = "live,mimic,m2iv",
-    shots: str = "8",
-    sizes: str | None = None,
-    seeds: str = "0",
     out: Path | None = None,
     json: JsonOption = False,
 ) -> None:
@@ -50,17 +56,13 @@ def train(
         Which model learns from which episodes.
     learning
         How.
+    several
+        How many in one go.
     method
         live, mimic, m2iv; several with commas. Options stand behind colons: live:site=mlp_output:alpha=0.1:kl=1:ce=0.5,
         mimic:size=head|shared|constant:align_site=mlp_output|attention_output|layer_output:align=1:ce=0.5:kl=0,
         m2iv:kl=1:synergy=0.1:ce=0.5:off_diagonal=0.005. With released=true, live and mimic train as their released
         codes do. What `probe vector fit` finds can be found along with them.
-    shots
-        Demonstrations in each episode; several with commas.
-    sizes
-        How many of the episodes are used; several with commas. The default is all.
-    seeds
-        Of the start, the order and the choice of what validates; several with commas.
     out
         The run directory; the default is a name under probe-runs/ made from the settings.
     json
@@ -68,28 +70,17 @@ def train(
     """
     from probe.cli.vector_training import find
 
-    find(
-        source or Lessons(),
-        learning or Learning(),
-        method=method,
-        shots=shots,
-        sizes=sizes,
-        seeds=seeds,
-        out=out,
-        json=json,
-        gradients=True,
-    )
+    given = source or Lessons(), learning or Learning(), several or Several()
+    find(*given, method=method, out=out, json=json, gradients=True)
 
 
 @app.command
 def fit(
     source: Lessons | None = None,
     learning: Learning | None = None,
+    several: Several | None = None,
     *,
     method: str = "fitted-shift,mean-difference",
-    shots: str = "8",
-    sizes: str | None = None,
-    seeds: str = "0",
     out: Path | None = None,
     json: JsonOption = False,
 ) -> None:
@@ -106,14 +97,10 @@ def fit(
         Which model reads which episodes.
     learning
         Of this, batches and the share of the episodes that validate.
+    several
+        How many in one go.
     method
         fitted-shift, mean-difference; several with commas, options behind colons (mean-difference:layer=2).
-    shots
-        Demonstrations in each episode; several with commas.
-    sizes
-        How many of the episodes are used; several with commas. The default is all.
-    seeds
-        Of the choice of what validates; several with commas.
     out
         The run directory; the default is a name under probe-runs/ made from the settings.
     json
@@ -121,17 +108,8 @@ def fit(
     """
     from probe.cli.vector_training import find
 
-    find(
-        source or Lessons(),
-        learning or Learning(),
-        method=method,
-        shots=shots,
-        sizes=sizes,
-        seeds=seeds,
-        out=out,
-        json=json,
-        gradients=False,
-    )
+    given = source or Lessons(), learning or Learning(), several or Several()
+    find(*given, method=method, out=out, json=json, gradients=False)
 
 
 @app.command
@@ -315,12 +293,11 @@ def compare(
             "cost": cost,
         }
     from probe.cli.running import experiment_run, finish, load_model, manifest
+    from probe.experiments import compare as experiment
 
     with experiment_run(reporter, source, out, "vector_compare", settings) as (run, located):
         reused = run.finished
         if not reused:
-            from probe.experiments import compare as experiment
-
             with reporter.step("loading the model"):
                 model = load_model(source, located)
             with manifest(run, model, episodes), reporter.progress("answering", len(episodes)) as progress:
@@ -335,17 +312,9 @@ def compare(
                     progress=progress,
                 )
             if cost:
-                from probe.experiments.answering import units
-                from probe.experiments.vector_cost import vector_cost
-
                 with reporter.step("measuring times"):
-                    timed = [
-                        way
-                        for way in ways
-                        if way.kind != "random" and way.whole and (not way.shown or way.vector is None)
-                    ]
-                    costs = vector_cost(model, next(units(model, episodes, min(16, batch_size))), timed)
-                result = result.merge(costs.drop_attrs(), join="left").assign_attrs(result.attrs)
+                    times = _times(model, episodes, ways, batch_size)
+                result = result.merge(times, join="left").assign_attrs(result.attrs)
             finish(run, source, result)
         from probe.cli.vector_report import figures_of, show_comparison
         from probe.plots.page import write_page
@@ -354,3 +323,12 @@ def compare(
         with reporter.step("drawing"):
             write_page(picture, result, figures_of(result), title="In-context vectors")
         show_comparison(reporter, result, run.directory, picture, reused=reused)
+
+
+def _times(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], batch_size: int) -> xr.Dataset:
+    """What answering costs in the ways that are worth timing: vectors as a whole, in place of demonstrations."""
+    from probe.experiments.answering import units
+    from probe.experiments.vector_cost import vector_cost
+
+    timed = [way for way in ways if way.kind != "random" and way.whole and (not way.shown or way.vector is None)]
+    return vector_cost(model, next(units(model, episodes, min(16, batch_size))), timed).drop_attrs()

@@ -73,6 +73,26 @@ class Learning:
         return Training(**own)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """How many vectors are found in one go.
+
+    Parameters
+    ----------
+    shots
+        Demonstrations in each episode; several with commas.
+    sizes
+        How many of the episodes are used; several with commas. The default is all.
+    seeds
+        Of the start, the order and the choice of what validates; several with commas.
+    """
+
+    shots: str = "8"
+    sizes: str | None = None
+    seeds: str = "0"
+
+
 SPEED = {"live": 20.0, "mimic": 4.0, "m2iv": 4.0}
 """What the bundled models need, whose states are small and few."""
 

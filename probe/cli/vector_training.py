@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from probe.cli.vector_options import TASK, VECTORS, Learning, Lessons, parse_methods, parse_numbers
+from probe.cli.vector_options import TASK, VECTORS, Learning, Lessons, Several, parse_methods, parse_numbers
 from probe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,11 +47,9 @@ class Job:
 def find(
     source: Lessons,
     learning: Learning,
+    several: Several,
     *,
     method: str,
-    shots: str,
-    sizes: str | None,
-    seeds: str,
     out: Path | None,
     json: bool,
     gradients: bool,
@@ -63,17 +61,11 @@ def find(
 
     if not gradients and (wrong := [each.name for each in methods if isinstance(each, Trained)]):
         raise UsageError(f"{', '.join(wrong)} is found by gradient descent; use probe vector train.")
-    numbers = {"--shots": parse_numbers("--shots", shots, 1), "--seeds": parse_numbers("--seeds", seeds, 0)}
-    counts = parse_numbers("--sizes", sizes, 2) if sizes is not None else [source.episodes]
+    all_shots, all_seeds = parse_numbers("--shots", several.shots, 1), parse_numbers("--seeds", several.seeds, 0)
+    counts = [source.episodes] if several.sizes is None else parse_numbers("--sizes", several.sizes, 2)
     if max(counts) > source.episodes:
         raise UsageError(f"--sizes asks for {max(counts)} episodes of {source.episodes}; raise --episodes.")
-    jobs = [
-        Job(each, k, n, seed)
-        for k in numbers["--shots"]
-        for n in counts
-        for seed in numbers["--seeds"]
-        for each in methods
-    ]
+    jobs = [Job(each, k, n, seed) for k in all_shots for n in counts for seed in all_seeds for each in methods]
     for job in jobs:
         learning.of(job.method, source.model, job.seed)  # refuses numbers that are out of range
 
@@ -83,10 +75,10 @@ def find(
     with reporter.step("reading the episodes"):
         from probe.data.manifest import episodes_key
 
-        episodes = {k: source.read(k) for k in numbers["--shots"]}
+        episodes = {k: source.read(k) for k in all_shots}
         content = [episodes_key(some) for some in episodes.values()]
         there = min(len(some) for some in episodes.values())  # data may hold fewer examples than were asked for
-        if sizes is not None and max(counts) > there:
+        if several.sizes is not None and max(counts) > there:
             raise UsageError(f"--sizes asks for {max(counts)} episodes; the data give {there}.")
         jobs = [replace(job, episodes=min(job.episodes, there)) for job in jobs]
     from probe.cli.running import experiment_run
