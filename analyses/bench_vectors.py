@@ -149,7 +149,7 @@ def training(model: probe.Model, plain: probe.Model, rounds: int) -> None:
         optimiser.step()
 
     def through_nnsight(own: dict[str, torch.Tensor], optimiser: torch.optim.AdamW) -> float:
-        terms = losses_of(method, model, own, lessons, teacher, method.objective)
+        terms = losses_of(method.student(model, own)(), lessons, teacher, method.objective)
         descend(terms["loss"], optimiser)
         return float(terms["loss"].detach())
 

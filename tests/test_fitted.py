@@ -258,7 +258,7 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(UsageError, match="no demonstrations"):
         FittedShift(1.0).fit(model, [make_episode(0, seed=1)] * 2, training=dataclasses.replace(OPTIONS, validation=0))
     tiny = build("mllama")
-    with pytest.raises(UsageError, match="attend to images alone"):
+    with pytest.raises(UsageError, match="cross-attention alone"):
         FittedShift().fit(load(tiny.module, processor=tiny.processor), EPISODES)
 
 

@@ -52,6 +52,9 @@ class Push:
 
         return [Edit(self.site, layer, fn) for layer in (layers if layers is not None else range(3))]
 
+    def into(self, model, **where):
+        return model, self.edits(**where)
+
 
 def owner(layer, site):
     return {"attention_output": layer.self_attn.o_proj, "mlp_output": layer.mlp, "layer_output": layer}[site]

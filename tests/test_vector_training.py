@@ -242,7 +242,7 @@ def test_a_step_equals_the_same_by_torch_hooks(kind):
     ours, theirs = drawn(method), drawn(method)
     teacher = Teacher(model())
     site = method.objective.align_site if method.objective.align else None
-    terms = losses_of(method, model(), ours, teacher.lessons(episodes, site), teacher, method.objective)
+    terms = losses_of(method.student(model(), ours)(), teacher.lessons(episodes, site), teacher, method.objective)
     by_hand = ByHand(method, theirs).terms(episodes)
     assert set(terms) == set(by_hand)
     for name, value in terms.items():
@@ -261,7 +261,7 @@ def test_the_released_cross_entropy_is_that_of_transformers():
     parameters = {name: torch.zeros_like(value) for name, value in drawn(method).items()}
     teacher = Teacher(model())
     lessons = teacher.lessons(EPISODES)
-    found = losses_of(method, model(), parameters, lessons, teacher, method.objective, gradients=False)["ce"]
+    found = losses_of(method.student(model(), parameters)(), lessons, teacher, method.objective, gradients=False)["ce"]
     wanted = []
     for episode in EPISODES:
         batch = model().batch([model().encode(alone(episode))])
@@ -285,7 +285,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn_from_it(method):
         states = torch.stack([seen[i][rows] for i in range(ours.n_layers)])
         made.append(Lesson(episode, student, 0, logits, {"mlp_output": states}))
     for batch_of in (made[:1], made):
-        terms = losses_of(method, ours, parameters, batch_of, Teacher(ours), objective)
+        terms = losses_of(method.student(ours, parameters)(), batch_of, Teacher(ours), objective)
         alone_ = len(batch_of) == 1
         bound = 0 if alone_ and not isinstance(method, Live) else 1e-6
         assert terms["kl"].abs() <= bound
@@ -468,7 +468,9 @@ def test_beyond_its_budget_a_teacher_reads_again_and_says_the_same(budget):
     method = Mimic()
     parameters = drawn(method)
     ours, theirs = (
-        losses_of(method, model(), parameters, each.lessons(EPISODES, "mlp_output"), each, method.objective)["align"]
+        losses_of(method.student(model(), parameters)(), each.lessons(EPISODES, "mlp_output"), each, method.objective)[
+            "align"
+        ]
         for each in (teacher, whole)
     )
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
@@ -496,9 +498,9 @@ def test_episodes_that_validate_are_not_learned_from(monkeypatch):
     learned, checked = [], []
     original = module.losses_of
 
-    def spy(method, model, parameters, lessons, *rest, gradients=True):
+    def spy(student, lessons, *rest, gradients=True):
         (learned if gradients else checked).extend(lesson.episode.id for lesson in lessons)
-        return original(method, model, parameters, lessons, *rest, gradients=gradients)
+        return original(student, lessons, *rest, gradients=gradients)
 
     monkeypatch.setattr(module, "losses_of", spy)
     train(Live(), model(), TEXTS, training=QUICK)
@@ -535,10 +537,18 @@ def test_the_best_epoch_is_kept_and_patience_ends_it(monkeypatch):
     seen: list[dict[str, Tensor]] = []
     planted = iter([3.0, 1.0, 2.0, 1.5, 1.2, 0.1])
 
-    def validate(method, model, parameters, *rest):
-        seen.append({name: value.detach().clone() for name, value in parameters.items()})
+    trained: dict[str, Tensor] = {}
+    student = Live.student
+
+    def watched(method, model, parameters):
+        trained.update(parameters)
+        return student(method, model, parameters)
+
+    def validate(*_):
+        seen.append({name: value.detach().clone() for name, value in trained.items()})
         return next(planted)
 
+    monkeypatch.setattr(Live, "student", watched)
     monkeypatch.setattr(module, "_validate", validate)
     options = dataclasses.replace(QUICK, epochs=6, patience=3)
     found = train(Live(), model(), TEXTS, training=options)
@@ -560,13 +570,12 @@ def test_validation_is_the_mean_over_its_episodes():
     teacher = Teacher(model())
     lessons = teacher.lessons(TEXTS[:3])
     method, parameters = Live(), drawn(Live())
+    student = method.student(model(), parameters)
     found = [
-        module._validate(method, model(), parameters, lessons, teacher, method.objective, Training(batch_size=size))
-        for size in (1, 3)
+        module._validate(student, lessons, teacher, method.objective, Training(batch_size=size)) for size in (1, 3)
     ]
     each = [
-        float(losses_of(method, model(), parameters, [lesson], teacher, method.objective, gradients=False)["loss"])
-        for lesson in lessons
+        float(losses_of(student(), [lesson], teacher, method.objective, gradients=False)["loss"]) for lesson in lessons
     ]
     # An answer is two tokens and its end in all three, so that a mean over rows is one over episodes.
     assert found[0] == pytest.approx(sum(each) / 3, rel=1e-6)
@@ -677,7 +686,9 @@ def test_the_first_steps_are_those_of_adamw_with_a_warm_up(monkeypatch):
     for step in range(4):
         epoch, part = divmod(step, 2)
         order = np.random.default_rng((4, epoch)).permutation(6)[3 * part : 3 * part + 3]
-        loss = losses_of(method, model(), parameters, [lessons[i] for i in order], teacher, method.objective)["loss"]
+        loss = losses_of(method.student(model(), parameters)(), [lessons[i] for i in order], teacher, method.objective)[
+            "loss"
+        ]
         by_hand.zero_grad()
         loss.backward()
         size = torch.stack([value.grad.norm() for value in parameters.values()]).norm()
@@ -769,7 +780,7 @@ def test_models_that_cannot_be_trained_on_are_refused():
             train(method, half, TEXTS, training=QUICK)
     parameters = {name: value.detach() for name, value in drawn(Live()).items()}
     steered = inject(model(), probe.vectors.vector.InContextVector(Live(), parameters))
-    with pytest.raises(UsageError, match="give the one that was steered"):
+    with pytest.raises(UsageError, match="was steered; give the model as it is"):
         train(Live(), steered, TEXTS, training=QUICK)
     checkpointed: Any = make_module(processor)
     checkpointed.model.language_model.gradient_checkpointing = True

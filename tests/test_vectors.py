@@ -137,9 +137,9 @@ def test_every_family_is_paired_and_every_parameter_of_every_method_gets_a_gradi
         }
         if name == CROSSING and kind == "mimic":
             with pytest.raises(UsageError, match="no attention to the text"):
-                losses_of(method, model, parameters, lessons, teacher, method.objective)
+                losses_of(method.student(model, parameters)(), lessons, teacher, method.objective)
             continue
-        terms = losses_of(method, model, parameters, lessons, teacher, method.objective)
+        terms = losses_of(method.student(model, parameters)(), lessons, teacher, method.objective)
         terms["loss"].backward()
         for part, value in parameters.items():
             assert value.grad is not None
@@ -164,7 +164,7 @@ def test_gradients_flow_under_autocast(kind):
         parameters = {name: torch.nn.Parameter(value) for name, value in vector(method, model).parameters.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             lessons = teacher.lessons(episodes, "mlp_output")
-            loss = losses_of(method, model, parameters, lessons, teacher, method.objective)["loss"]
+            loss = losses_of(method.student(model, parameters)(), lessons, teacher, method.objective)["loss"]
         loss.backward()
         return float(loss.detach()), {name: value.grad for name, value in parameters.items()}
 
@@ -635,9 +635,9 @@ def test_places_that_do_not_exist_are_refused():
             inject(model, one, heads=[(0, 0)])
     with pytest.raises(UsageError, match="does not act in layer 2; it does in 0"):
         inject(model, mimic, heads=[(0, 0)], layers=[2])
-    for nowhere in ({"layers": []}, {"heads": []}):
-        with pytest.raises(UsageError, match="no layer or head"):
-            inject(model, mimic, **nowhere)
+    for what in ("layer", "head"):
+        with pytest.raises(UsageError, match=f"is to act in no {what};"):
+            inject(model, mimic, **{f"{what}s": []})
     with pytest.raises(UsageError, match="no tokens 'nowhere'"):
         inject(model, live, rows="nowhere")
 

@@ -45,7 +45,7 @@ def ways_of(
 def _parts(label: str, vector: InContextVector, parts: str) -> list[Way]:
     from probe.experiments.ways import Way
 
-    layers = sorted({edit.layer for edit in vector.edits()})
+    layers = vector.layers
     if parts == "layers":
         return [Way(f"{label}, layer {layer}", vector, layers=(layer,)) for layer in layers]
     if parts == "heads":

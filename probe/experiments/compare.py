@@ -6,7 +6,7 @@ processed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -26,10 +26,9 @@ from probe.models.model import Model
 from probe.scoring import cut_answer, exact_match
 from probe.store import Keep, key
 from probe.trace.edit import Output, Site
-from probe.trace.generate import generate
 from probe.trace.likelihood import total_log_probability
 from probe.trace.read import LayerValues, read
-from probe.trace.steer import unsteered
+from probe.trace.steer import check_plain
 from probe.vectors.oracle import Oracle
 from probe.vectors.pairs import Pair, encode_pair
 from probe.vectors.teacher import flat_places, stack
@@ -96,9 +95,9 @@ def compare(
     ProbeError
         If an episode cannot be read.
     """
-    if unsteered(model, ())[1]:
-        raise UsageError("Compared are vectors in a model as it is; give the one that was steered.")
-    _check(model, episodes, ways, batch_size)
+    check_plain(model)
+    _check(episodes, ways, batch_size)
+    steered = {way.label: way.put_into(model) for way in ways}
     asked = len(episodes)
     episodes = unseen(episodes, [way.fitted for way in ways if way.fitted is not None])
     check_words(model, episodes)
@@ -120,7 +119,9 @@ def compare(
 
         def compute(unit: Sequence[Episode] = unit, n_distances: int = n_distances) -> xr.Dataset:
             with within_memory(model, len(unit)):
-                return _measure(model, unit, [*ways, *(oracles() if oracle else ())], limit, n_distances)
+                added = oracles() if oracle else []
+                runs = {**steered, **{way.label: way.put_into(model) for way in added}}
+                return _measure(model, unit, [*ways, *added], runs, limit, n_distances)
 
         done.append(keep(f"{n:06d}-{plan}-{content_key(unit)}", compute) if keep else compute())
         n += len(unit)
@@ -164,7 +165,7 @@ def unseen(episodes: Sequence[Episode], vectors: Sequence[InContextVector]) -> l
     return left
 
 
-def _check(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], batch_size: int) -> None:
+def _check(episodes: Sequence[Episode], ways: Sequence[Way], batch_size: int) -> None:
     if not episodes:
         raise UsageError("There are no episodes to answer.")
     if batch_size < 1:
@@ -176,10 +177,6 @@ def _check(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], batch
         raise UsageError(f"Two ways to answer have the same label: {', '.join(sorted(repeated))}; name them apart.")
     if not {ZERO, FEW} <= {way.kind for way in ways}:
         raise UsageError("A comparison needs the answers without and with demonstrations: add zero-shot and few-shot.")
-    for way in ways:
-        if way.vector is not None:
-            way.vector.check(model)
-            way.edits()  # refuses layers, heads and rows that it does not have
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ class _Reading:
     states: list[Tensor]
 
 
-def _read(model: Model, at: _Material, way: Way, n_states: int) -> _Reading:
+def _read(steered: Model, at: _Material, way: Way, n_states: int) -> _Reading:
     """Read one batch in one way, its answers given; the states of the first episodes, ``[layer, n, hidden]`` each."""
     batch = at.shown if way.shown else at.alone
     if isinstance(way.vector, Oracle) and way.label == IN_CONTEXT:
@@ -230,20 +227,20 @@ def _read(model: Model, at: _Material, way: Way, n_states: int) -> _Reading:
 
     keep = 1 + max(len(encoding) - encoding.n_prompt for encoding in batch.encodings)
     sites: tuple[Site, ...] = (DISTANCE_SITE,) if n_states else ()
-    reading = read(model, batch, sites, reduce if sites else None, way.edits(), logits_to_keep=keep)
+    reading = read(steered, batch, sites, reduce if sites else None, logits_to_keep=keep)
     forced, total = [], []
     for pair, row, encoding in zip(at.pairs, reading.logits, batch.encodings, strict=True):
         wanted = torch.cat([encoding.ids[encoding.n_prompt :], torch.tensor([pair.end])])
         forced.append(float(torch.equal(row[-len(wanted) :].argmax(-1).cpu(), wanted)))
         total.append(float(total_log_probability(row, encoding)))
-    states = list(stack(model, reading, "states").split(lengths[:n_states], dim=1)) if sites else []
+    states = list(stack(steered, reading, "states").split(lengths[:n_states], dim=1)) if sites else []
     return _Reading(np.array(total), np.array(forced), states)
 
 
-def _say(model: Model, at: _Material, way: Way, limit: int) -> list[str]:
+def _say(steered: Model, at: _Material, way: Way, limit: int) -> list[str]:
     """What is answered in one way."""
     prompts = at.shown_prompts if way.shown else at.alone_prompts
-    return [cut_answer(text) for text in generate(model, prompts, max_new_tokens=limit, edits=way.edits())]
+    return [cut_answer(text) for text in steered.generate(prompts, max_new_tokens=limit)]
 
 
 def prompts_of(model: Model, episodes: Sequence[Episode], *, shown: bool) -> Batch:
@@ -252,19 +249,26 @@ def prompts_of(model: Model, episodes: Sequence[Episode], *, shown: bool) -> Bat
     return model.batch([pair.teacher if shown else pair.student for pair in pairs], with_answer=False)
 
 
-def _measure(model: Model, episodes: Sequence[Episode], ways: Sequence[Way], limit: int, n_states: int) -> xr.Dataset:
-    """All ways on one batch; its images are processed once."""
+def _measure(
+    model: Model,
+    episodes: Sequence[Episode],
+    ways: Sequence[Way],
+    steered: Mapping[str, Model],
+    limit: int,
+    n_states: int,
+) -> xr.Dataset:
+    """All ways on one batch, each with its model; images are processed once."""
     at = _Material.of(model, episodes)
     target = _read(model, at, Way(FEW, shown=True), n_states).states
     far = np.full((len(ways), len(episodes), model.n_layers), np.nan)
     readings: list[_Reading] = []
     said: list[list[str] | None] = []
     for number, way in enumerate(ways):
-        reading = _read(model, at, way, n_states)
+        reading = _read(steered[way.label], at, way, n_states)
         for b, (own, wanted) in enumerate(zip(reading.states, target, strict=True)):
             far[number, b] = (own - wanted).norm(dim=-1).mean(-1).numpy()
         readings.append(reading)
-        said.append(None if way.kind == ORACLE else _say(model, at, way, limit))
+        said.append(None if way.kind == ORACLE else _say(steered[way.label], at, way, limit))
 
     def judge(accepted: Sequence[Sequence[str]], otherwise: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         rows = [

@@ -20,7 +20,6 @@ from probe.experiments.answering import facts, within_memory
 from probe.experiments.compare import prompts_of
 from probe.experiments.ways import Way
 from probe.models.model import Model
-from probe.trace.generate import generate
 
 
 def vector_cost(
@@ -64,12 +63,12 @@ def vector_cost(
     if rounds < 1 or tokens < 1 or not ways or not episodes:
         raise UsageError("Timing needs one way, one episode, one round and one token, or more of each.")
     batches = {shown: prompts_of(model, episodes, shown=shown) for shown in {way.shown for way in ways}}
-    edits = [way.edits() for way in ways]
+    steered = [way.put_into(model) for way in ways]
 
     def seconds(number: int, n: int) -> float:
         _wait(model)
         start = time.perf_counter()
-        generate(model, batches[ways[number].shown], max_new_tokens=n, stop=False, edits=edits[number])
+        steered[number].generate(batches[ways[number].shown], max_new_tokens=n, stop=False)
         _wait(model)
         return time.perf_counter() - start
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from probe.data.example import Episode
 from probe.models.model import Model
-from probe.trace.edit import Edit
+from probe.trace.steer import inject
 from probe.vectors.oracle import Oracle, read_oracle
 from probe.vectors.random import random_like
 from probe.vectors.vector import Head, InContextVector
@@ -99,11 +99,17 @@ class Way:
         made = "" if self.fitted is None else self.fitted.identity
         return [self.label, self.kind, made, self.shown, self.scale, self.layers, self.heads, self.rows]
 
-    def edits(self) -> list[Edit]:
-        """What changes in the model."""
+    def put_into(self, model: Model) -> Model:
+        """The model that answers.
+
+        Raises
+        ------
+        UsageError
+            If the vector was made for another, or does not act where it is to.
+        """
         if self.vector is None:
-            return []
-        return self.vector.edits(scale=self.scale, layers=self.layers, heads=self.heads, rows=self.rows)
+            return model
+        return inject(model, self.vector, scale=self.scale, layers=self.layers, heads=self.heads, rows=self.rows)
 
 
 def ways_for(

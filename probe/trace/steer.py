@@ -31,15 +31,16 @@ class Injectable(Protocol):
         """Refuse a model that it was not made for."""
         ...
 
-    def edits(
+    def into(
         self,
+        model: Model,
         *,
         scale: float = 1.0,
         layers: Sequence[int] | None = None,
         heads: Sequence[tuple[int, int]] | None = None,
         rows: str | None = None,
-    ) -> list[Edit]:
-        """The edits that it is."""
+    ) -> tuple[Model, list[Edit]]:
+        """The model that runs, which is the given one unless weights change, and the edits of its forward."""
         ...
 
 
@@ -50,13 +51,16 @@ class Steered(Model):
     Attributes
     ----------
     plain
-        The model without the edits.
+        The model that runs, without the edits.
     edits
         In the order in which they were put in; several at one site act one after the other.
+    original
+        The model that vectors were put into: ``plain``, unless one of them changed weights.
     """
 
     plain: Model | None = None
     edits: tuple[Edit, ...] = ()
+    original: Model | None = None
 
     def logits(self, batch: Batch, *, logits_to_keep: int = 1) -> torch.Tensor:
         """As :meth:`probe.Model.logits`, edited."""
@@ -116,13 +120,49 @@ def inject(
     >>> with probe.inject(model, vector, scale=0.5) as steered:  # doctest: +SKIP
     ...     probe.answering(steered, episodes)
     """
-    plain, before = unsteered(model, ())
-    vector.check(plain)
-    chosen = vector.edits(scale=scale, layers=layers, heads=heads, rows=rows)
-    own = {field.name: getattr(plain, field.name) for field in fields(Model)}
+    vector.check(original_of(model))
+    plain, _ = unsteered(model, ())
+    runs, chosen = vector.into(plain, scale=scale, layers=layers, heads=heads, rows=rows)
     factor = "" if scale == 1 else f" x {scale:g}"
-    own |= {"module": _Untouchable(plain.module), "name": f"{model.name} + {vector.label}{factor}"}
-    return Steered(**own, plain=plain, edits=(*before, *chosen))
+    return steer(model, chosen, f"{vector.label}{factor}", runs)
+
+
+def steer(model: Model, edits: Sequence[Edit], label: str, runs: Model | None = None) -> Steered:
+    """A model that stays edited.
+
+    Parameters
+    ----------
+    model
+        Steered already, or not.
+    edits
+        To act after its own.
+    label
+        Of what they are.
+    runs
+        What is to run in place of the model without its edits.
+    """
+    plain, before = unsteered(model, ())
+    runs = runs or plain
+    own = {field.name: getattr(runs, field.name) for field in fields(Model)}
+    own |= {"module": _Untouchable(runs.module), "name": f"{model.name} + {label}"}
+    return Steered(**own, plain=runs, edits=(*before, *edits), original=original_of(model))
+
+
+def original_of(model: Model) -> Model:
+    """The model as it was before anything was put into it."""
+    return cast(Model, model.original) if isinstance(model, Steered) else model
+
+
+def check_plain(model: Model) -> None:
+    """Refuse a model that something was put into.
+
+    Raises
+    ------
+    UsageError
+        If it was.
+    """
+    if isinstance(model, Steered):
+        raise UsageError(f"{model.name} was steered; give the model as it is, without what was put into it.")
 
 
 def unsteered(model: Model, edits: Sequence[Edit]) -> tuple[Model, tuple[Edit, ...]]:

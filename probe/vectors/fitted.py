@@ -44,8 +44,8 @@ from probe.errors import UsageError
 from probe.models.model import Model
 from probe.trace.edit import Edit
 from probe.trace.read import LayerValues, read
-from probe.trace.steer import unsteered
-from probe.vectors.method import Method, Parameters
+from probe.trace.steer import check_plain
+from probe.vectors.method import Method, Parameters, Steps, check_self_attention
 from probe.vectors.mimic import Mimic
 from probe.vectors.oracle import oracle_of
 from probe.vectors.pairs import Pair, encode_pair
@@ -98,18 +98,12 @@ class FittedShift(Method):
         UsageError
             If there are too few episodes to choose a penalty, or a layer has no attention to the text.
         """
-        model, steering = unsteered(model, ())
-        if steering:
-            raise UsageError("A vector is fitted on a model as it is; give the one that was steered.")
-        if len(model.choose_layers(None)) < model.n_layers:
-            raise UsageError(
-                f"Some layers of {model.name} attend to images alone, and have no attention to demonstrations in the "
-                "text that a vector could stand for; choose a method that acts on whole layers, such as live."
-            )
+        check_plain(model)
+        check_self_attention(model)
         options = training or Training()
         learn, validate = split(episodes, options)
         folds = _folds(learn) if self.penalty < 0 else [learn]
-        steps = _Steps(progress, 2 * len(episodes))
+        steps = Steps(progress, 2 * len(episodes))
         moments = [_sums(model, part, options.batch_size, _of_regression, steps) for part in (*folds, validate)]
         penalty = self.penalty if self.penalty >= 0 else _choose(moments[:-1])
         line = ridge(_total(moments[:-1]), penalty)
@@ -167,9 +161,7 @@ Sums = dict[str, Tensor]
 """Over rows, by name."""
 
 
-def _sums(
-    model: Model, episodes: Sequence[Episode], batch_size: int, of: Callable[[Rows], Sums], steps: _Steps
-) -> Sums:
+def _sums(model: Model, episodes: Sequence[Episode], batch_size: int, of: Callable[[Rows], Sums], steps: Steps) -> Sums:
     """Sums over the rows of queries and answers, ``[layer, head, …]``; empty without episodes."""
     sums: Sums = {}
     for start in range(0, len(episodes), batch_size):
@@ -290,18 +282,3 @@ def _total(parts: Sequence[Sums]) -> Sums:
 def _listed(values: Tensor) -> list[list[float | None]]:
     """As JSON has it, with three digits behind the point."""
     return [[None if value != value else round(value, 3) for value in row] for row in values.tolist()]
-
-
-@dataclass
-class _Steps:
-    """How far the readings have come."""
-
-    tell: Callable[[int, int], None] | None
-    total: int
-    done: int = 0
-
-    def add(self, n: int) -> None:
-        """So many episodes more."""
-        self.done += n
-        if self.tell:
-            self.tell(self.done, self.total)

@@ -13,6 +13,7 @@ from probe.data.example import Episode
 from probe.errors import UsageError, did_you_mean
 from probe.models.model import Model
 from probe.trace.edit import Edit, Edited, Output
+from probe.trace.steer import steer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,10 +35,13 @@ class Method:
         In files and on the command line.
     rows
         The positions where it acts (:meth:`probe.InContextVector.edits`).
+    changes_weights
+        Whether it has other weights (:meth:`adapted`) in place of edits.
     """
 
     name: ClassVar[str]
     rows: ClassVar[str] = "all"
+    changes_weights: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -49,6 +53,28 @@ class Method:
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """What the parameters change in a forward, in every layer."""
         raise NotImplementedError
+
+    def adapted(self, model: Model, parameters: Parameters, *, scale: float, layers: Sequence[int] | None) -> Model:
+        """The model with other weights, for methods that change weights; the given one stays as it is."""
+        raise NotImplementedError
+
+    def acting(self, parameters: Parameters) -> list[int]:
+        """The layers in which the parameters change something."""
+        return sorted({edit.layer for edit in self.edits(parameters)})
+
+    def random(self, parameters: Parameters, generator: torch.Generator) -> dict[str, Tensor]:
+        """The same parameters with their directions drawn at random.
+
+        Every vector (a layer's, or a head's) keeps its norm, and all else stays: alphas, and what MimIC sizes its
+        shifts with.
+        """
+
+        def draw(value: Tensor) -> Tensor:
+            noise = torch.randn(value.shape, generator=generator)
+            drawn: Tensor = noise / noise.norm(dim=-1, keepdim=True) * value.norm(dim=-1, keepdim=True)
+            return drawn
+
+        return {name: draw(value) if name.split("_")[0] == "v" else value for name, value in sorted(parameters.items())}
 
     def fit(
         self,
@@ -78,6 +104,29 @@ class Method:
             Called with what is done and what there is to do.
         """
         raise NotImplementedError
+
+
+@dataclass
+class Steps:
+    """How far a method that reads its episodes itself has come.
+
+    Attributes
+    ----------
+    tell
+        Called with what is done and what there is to do.
+    total, done
+        Episodes to read, and read.
+    """
+
+    tell: Callable[[int, int], None] | None
+    total: int
+    done: int = 0
+
+    def add(self, n: int) -> None:
+        """So many episodes more."""
+        self.done += n
+        if self.tell:
+            self.tell(self.done, self.total)
 
 
 @dataclass(frozen=True)
@@ -156,6 +205,10 @@ class Trained(Method):
         """How fast a parameter learns, unless told otherwise."""
         raise NotImplementedError
 
+    def student(self, model: Model, parameters: Parameters) -> Callable[[], Model]:
+        """What gives the model with the parameters in it, as they are when it is called."""
+        return lambda: steer(model, self.edits(parameters), self.label)
+
     def fit(
         self,
         model: Model,
@@ -206,6 +259,35 @@ def add(site: Edited, layer: int, shift: Tensor) -> Edit:
 def widen(value: Tensor) -> Tensor:
     """In float32, or in float64 if it is."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_self_attention(model: Model) -> None:
+    """Refuse layers without self-attention, for methods that act on heads."""
+    if missing := sorted(set(range(model.n_layers)) - set(model.choose_layers(None))):
+        raise UsageError(
+            f"The layers {', '.join(map(str, missing))} of {model.name} have cross-attention alone, where no head "
+            "attends to demonstrations; choose a method that acts on layers, such as live."
+        )
+
+
+def head_factors(heads: Sequence[Head] | None, n_layers: int, n_heads: int, scale: float) -> dict[int, Tensor]:
+    """How strongly each head of a layer is acted on, ``[head]``, by the layers in which any is."""
+    check_heads(heads, n_layers, n_heads)
+    chosen = torch.full((n_layers, n_heads), scale if heads is None else 0.0)
+    for layer, head in heads or ():
+        chosen[layer, head] = scale
+    acting = range(n_layers) if heads is None else sorted({layer for layer, _ in heads})
+    return {layer: chosen[layer] for layer in acting}
+
+
+def check_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> None:
+    """Refuse heads that do not exist."""
+    wrong = [(a, b) for a, b in heads or () if not (0 <= a < n_layers and 0 <= b < n_heads)]
+    if wrong:
+        raise UsageError(
+            f"There are layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}; asked for "
+            f"{', '.join(f'{a}.{b}' for a, b in wrong)}."
+        )
 
 
 def refuse_heads(method: Method, heads: Sequence[Head] | None) -> None:

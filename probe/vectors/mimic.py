@@ -30,7 +30,7 @@ from probe.errors import UsageError, did_you_mean
 from probe.measures.partition import log_partition
 from probe.models.model import Model
 from probe.trace.edit import Attention, Context, Edit, Output
-from probe.vectors.method import Objective, Parameters, Trained, widen
+from probe.vectors.method import Objective, Parameters, Trained, check_self_attention, head_factors, widen
 from probe.vectors.vector import Head
 
 Size = Literal["head", "shared", "constant"]
@@ -82,11 +82,7 @@ class Mimic(Trained):
 
     def check(self, model: Model) -> None:
         """Refuse layers without self-attention."""
-        if missing := sorted(set(range(model.n_layers)) - set(model.choose_layers(None))):
-            raise UsageError(
-                f"The layers {', '.join(map(str, missing))} of {model.name} have cross-attention alone, where no head "
-                "attends to demonstrations; choose a method that acts on layers, such as live."
-            )
+        check_self_attention(model)
 
     def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
         """Nearly nothing: vectors of standard deviation 0.001."""
@@ -103,14 +99,9 @@ class Mimic(Trained):
 
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer."""
-        v = parameters["v"]
-        n_layers, n_heads, _ = v.shape
-        check_heads(heads, n_layers, n_heads)
-        chosen = torch.ones(n_layers, n_heads) if heads is None else torch.zeros(n_layers, n_heads)
-        for layer, head in heads or ():
-            chosen[layer, head] = 1
-        layers = [layer for layer in range(n_layers) if bool(chosen[layer].any())]
-        return [self._edit(layer, parameters, scale * chosen[layer]) for layer in layers]
+        n_layers, n_heads, _ = parameters["v"].shape
+        factors = head_factors(heads, n_layers, n_heads, scale)
+        return [self._edit(layer, parameters, factor) for layer, factor in factors.items()]
 
     def _edit(self, layer: int, parameters: Parameters, factor: Tensor) -> Edit:
         v = factor[:, None].to(parameters["v"]) * parameters["v"][layer]
@@ -134,13 +125,3 @@ class Mimic(Trained):
         if self.size == "shared":
             logit, log_z2 = logit.sum(-1, keepdim=True), log_z2.mean(-1, keepdim=True)
         return torch.sigmoid(logit + b - log_z2)
-
-
-def check_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> None:
-    """Refuse heads that do not exist."""
-    wrong = [(a, b) for a, b in heads or () if not (0 <= a < n_layers and 0 <= b < n_heads)]
-    if wrong:
-        raise UsageError(
-            f"There are layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}; asked for "
-            f"{', '.join(f'{a}.{b}' for a, b in wrong)}."
-        )

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,10 +53,9 @@ from probe.models.encoding import Batch, Encoding
 from probe.models.model import Model
 from probe.trace.edit import Context, Edit
 from probe.trace.rows import meant, parse_rows
-from probe.trace.steer import unsteered
+from probe.trace.steer import check_plain
 from probe.vectors.lookup import GATES, Lookup, Place, output_alone, read_lookups
-from probe.vectors.method import widen
-from probe.vectors.mimic import check_heads
+from probe.vectors.method import check_heads, widen
 from probe.vectors.pairs import Pair, encode_pair
 from probe.vectors.shift_means import Means, means_of
 from probe.vectors.shifts import NOTHING, Shifts, choose_parts, part_names
@@ -158,6 +157,10 @@ class Oracle:
                 means = None if axis == "vision" else self._means((axis, layer))
                 found.append(Edit("heads", layer, self._edit((axis, layer), chosen, means, scale, rows or "all"), axis))
         return found
+
+    def into(self, model: Model, **where: Any) -> tuple[Model, list[Edit]]:
+        """The same model, and :meth:`edits`, whose arguments it takes."""
+        return model, self.edits(**where)
 
     def as_in_context(self, batch: Batch) -> Batch:
         """A batch of queries, read from where they stand behind their demonstrations.
@@ -302,9 +305,7 @@ def read_oracle(
     ProbeError
         If an episode cannot be read, or attention does not split.
     """
-    model, steering = unsteered(model, ())
-    if steering:
-        raise UsageError("An oracle is read off a model as it is; give the one that was steered.")
+    check_plain(model)
     lookups: dict[str, Lookup] = {}
     for start in range(0, len(episodes), batch_size):
         pairs = [encode_pair(model, episode) for episode in episodes[start : start + batch_size]]

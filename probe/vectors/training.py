@@ -28,7 +28,7 @@ from probe.store import key, write_bytes
 from probe.trace.edit import Output
 from probe.trace.gradients import check_gradients, frozen
 from probe.trace.read import LayerValues, read
-from probe.trace.steer import unsteered
+from probe.trace.steer import check_plain
 from probe.vectors import losses
 from probe.vectors.method import Method, Objective, Trained
 from probe.vectors.teacher import Lesson, Teacher, flat_places, stack
@@ -143,9 +143,7 @@ def train(
     ProbeError
         If an episode cannot be read, the loss is not finite, or the state in ``directory`` is of another training.
     """
-    model, steering = unsteered(model, ())
-    if steering:
-        raise UsageError("A vector is trained on a model as it is; give the one that was steered.")
+    check_plain(model)
     check_gradients(model)
     method.check(model)
     options, objective = training or Training(), method.objective
@@ -171,28 +169,27 @@ def train(
     if directory is not None:
         state.resume(Path(directory) / STATE)
     n_batches = math.ceil(len(lessons) / options.batch_size)
+    student = method.student(model, state.parameters)
     with frozen(model.module):
         while state.epoch < options.epochs and not state.exhausted(options.patience):
             order = np.random.default_rng((options.seed, state.epoch)).permutation(len(lessons))
             sums: dict[str, float] = {}
             for number in range(n_batches):
                 chosen = order[number * options.batch_size : (number + 1) * options.batch_size]
-                terms = losses_of(method, model, state.parameters, [lessons[i] for i in chosen], teacher, objective)
+                terms = losses_of(student(), [lessons[i] for i in chosen], teacher, objective)
                 state.step(terms["loss"], state.epoch * n_batches + number, options.epochs * n_batches, options)
                 for term, value in terms.items():
                     sums[term] = sums.get(term, 0.0) + float(value.detach()) / n_batches
                 if progress:
                     progress(state.epoch * n_batches + number + 1, options.epochs * n_batches)
-            state.end_epoch(sums, _validate(method, model, state.parameters, checks, teacher, objective, options))
+            state.end_epoch(sums, _validate(student, checks, teacher, objective, options))
             if directory is not None:
                 state.save(Path(directory) / STATE)
     return InContextVector(method, state.best, {**card, "curve": state.curve, "best_epoch": state.best_epoch})
 
 
 def _validate(
-    method: Trained,
-    model: Model,
-    parameters: Mapping[str, Tensor],
+    student: Callable[[], Model],
     lessons: Sequence[Lesson],
     teacher: Teacher,
     objective: Objective,
@@ -205,22 +202,15 @@ def _validate(
     with torch.no_grad():
         for start in range(0, len(lessons), options.batch_size):
             part = lessons[start : start + options.batch_size]
-            terms = losses_of(method, model, parameters, part, teacher, objective, gradients=False)
+            terms = losses_of(student(), part, teacher, objective, gradients=False)
             total += float(terms["loss"]) * len(part)
     return total / len(lessons)
 
 
 def losses_of(
-    method: Trained,
-    model: Model,
-    parameters: Mapping[str, Tensor],
-    lessons: Sequence[Lesson],
-    teacher: Teacher,
-    objective: Objective,
-    *,
-    gradients: bool = True,
+    model: Model, lessons: Sequence[Lesson], teacher: Teacher, objective: Objective, *, gradients: bool = True
 ) -> dict[str, Tensor]:
-    """The terms of the loss of a batch, and ``loss``, their weighted sum."""
+    """The terms of the loss of a batch, and ``loss``, their weighted sum; ``model`` has the vector in it."""
     students = [lesson.student for lesson in lessons]
     batch = model.batch(students)
     sites: list[Output] = [objective.align_site] if objective.align else []
@@ -233,8 +223,7 @@ def losses_of(
 
     whole = objective.released and objective.ce > 0
     keep = batch.length if whole else 1 + max(len(student) - student.n_prompt for student in students)
-    edits = method.edits(parameters)
-    reading = read(model, batch, sites, reduce if sites else None, edits, logits_to_keep=keep, gradients=gradients)
+    reading = read(model, batch, sites, reduce if sites else None, logits_to_keep=keep, gradients=gradients)
     own = [row[-(1 + len(s) - s.n_prompt) :] for row, s in zip(reading.logits, students, strict=True)]
     terms: dict[str, Tensor] = {}
     if objective.kl:

@@ -110,21 +110,55 @@ class InContextVector:
         UsageError
             If the method does not act there.
         """
-        if (layers is not None and not layers) or (heads is not None and not heads):
-            raise UsageError(
-                f"The vector {self.label} is to act in no layer or head; name one, or leave the choice out."
-            )
+        if self.method.changes_weights:
+            raise UsageError(f"{self.label} changes weights, and has no edits; put it into a model with probe.inject.")
+        if heads is not None and not heads:
+            raise UsageError(f"The vector {self.label} is to act in no head; name one, or leave the choice out.")
         found = self.method.edits(self.parameters, scale=scale, heads=heads)
-        there = sorted({edit.layer for edit in found})
+        self._check_layers(layers, sorted({edit.layer for edit in found}))
         if layers is not None:
-            if not set(layers) <= set(there):
-                wrong = ", ".join(str(layer) for layer in sorted(set(layers) - set(there)))
-                raise UsageError(
-                    f"The vector {self.label} does not act in layer {wrong}; it does in {', '.join(map(str, there))}."
-                )
             found = [edit for edit in found if edit.layer in layers]
         chosen = rows if rows is not None else self.method.rows
         return found if chosen == "all" else [_at_rows(edit, chosen) for edit in found]
+
+    def into(
+        self,
+        model: Model,
+        *,
+        scale: float = 1.0,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[Head] | None = None,
+        rows: str | None = None,
+    ) -> tuple[Model, list[Edit]]:
+        """What runs when it is put into a model, for :func:`probe.inject`: the model, unless weights change, and edits.
+
+        Raises
+        ------
+        UsageError
+            If the method does not act there.
+        """
+        if not self.method.changes_weights:
+            return model, self.edits(scale=scale, layers=layers, heads=heads, rows=rows)
+        if heads is not None or rows not in (None, "all"):
+            raise UsageError(f"{self.label} changes weights, for all heads and positions; choose layers.")
+        self._check_layers(layers, self.layers)
+        return self.method.adapted(model, self.parameters, scale=scale, layers=layers), []
+
+    @property
+    def layers(self) -> list[int]:
+        """Those in which it acts."""
+        return self.method.acting(self.parameters)
+
+    def _check_layers(self, layers: Sequence[int] | None, there: Sequence[int]) -> None:
+        if layers is None:
+            return
+        if not layers:
+            raise UsageError(f"The vector {self.label} is to act in no layer; name one, or leave the choice out.")
+        if wrong := sorted(set(layers) - set(there)):
+            raise UsageError(
+                f"The vector {self.label} does not act in layer {', '.join(map(str, wrong))}; it does in "
+                f"{', '.join(map(str, there))}."
+            )
 
     def save(self, directory: Path) -> None:
         """Write ``vector.safetensors`` and then ``card.json``: where the card is, all is.
@@ -173,7 +207,7 @@ class InContextVector:
                 raise ProbeError(f"{directory / TENSORS} is not the file that {CARD} was written for; restore it.")
             method = method_of(card["method"], card["options"])
             parameters = load(data)
-            method.edits(parameters)  # has all that it needs
+            method.acting(parameters)  # has all that it needs
             if not isinstance(card.get("model", {}), dict):
                 raise TypeError("its model is no object")
         except FileNotFoundError as error:
