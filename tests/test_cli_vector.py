@@ -93,6 +93,36 @@ def test_several_seeds_sizes_and_shots_in_one_go(capsys):
     assert len(list(Path("trained/vectors").iterdir())) == 8
 
 
+def test_every_method_is_found_applied_and_compared(capsys):
+    """Those of weights, of heads and of one layer, in one run."""
+    methods = "hificl:pairs=2:rank_k=0,lora:rank=2,task-vector:layer=2,function-vector:layer=1:heads=2:prompts=3"
+    printed(capsys, *TRAIN[:-1], "several", "--method", methods, "--epochs", "1")
+    places = sorted(Path("several/vectors").iterdir())
+    names = (
+        "function-vector_layer-1_heads-2_prompts-3",
+        "hificl_pairs-2_rank_k-0",
+        "lora_rank-2",
+        "task-vector_layer-2",
+    )
+    assert [place.name for place in places] == [f"{name}.2shot.20ep.seed0" for name in names]
+    for place in places:
+        told = json.loads(printed(capsys, "vector", "apply", str(place), *QUERIES, "--out", place.name, "--json"))
+        assert told["n_done"] == 12
+    options = ("--cost", "--put-back", "--distances", "4", "--out", "compared")
+    out = printed(capsys, "vector", "compare", "several", *QUERIES, *options)
+    result = read_zarr(Path("compared/result.zarr"))
+    assert result.sizes["way"] == 2 + 3 * len(places)
+    assert all(name in out for name in names)
+    answered = result["log_probability"].sel(way=[place.name for place in places])
+    assert (abs(answered - result["log_probability"].sel(way="zero-shot")) > 0).any("episode").all()
+    parts = ("--parts", "layers", "--random", "0", "--distances", "0", "--out", "parts")
+    printed(capsys, "vector", "compare", str(places[2]), *QUERIES, *parts)
+    assert read_zarr(Path("parts/result.zarr")).sizes["way"] == 3 + 6
+    code, said = failure(capsys, "vector", "compare", str(places[2]), *QUERIES, "--parts", "rows", "--out", "rows")
+    assert code == 2
+    assert "choose layers" in said
+
+
 def test_training_goes_on_where_it_stopped(capsys, monkeypatch):
     """Killed in the second vector's second epoch; what comes out is what an uninterrupted run gives."""
     from probe.vectors import training

@@ -23,7 +23,9 @@ from probe.models.model import Model
 from probe.segments import QUERY
 from probe.trace.steer import inject
 from probe.vectors import losses
+from probe.vectors.hificl import Hificl
 from probe.vectors.live import Live
+from probe.vectors.lora import Lora
 from probe.vectors.m2iv import M2iv
 from probe.vectors.method import Objective
 from probe.vectors.mimic import Mimic
@@ -587,7 +589,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
-@pytest.mark.parametrize("method", [Mimic(), Live()])
+@pytest.mark.parametrize("method", [Mimic(), Live(), Hificl(), Lora(rank=2)])
 def test_a_training_that_was_killed_goes_on_to_the_same_bits(tmp_path, method, at):
     """In the first epoch, in the second, in the third, each time with a teacher of its own; a finished one is done."""
     whole = train(method, model(), TEXTS, training=QUICK)

@@ -23,13 +23,17 @@ from probe.segments import NEITHER, QUERY
 from probe.trace.generate import generate
 from probe.trace.read import read
 from probe.trace.steer import inject
+from probe.vectors.function_vector import FunctionVector
+from probe.vectors.hificl import Hificl
 from probe.vectors.live import Live
 from probe.vectors.m2iv import M2iv
-from probe.vectors.mean import MeanDifference, mean_differences
+from probe.vectors.mean import MeanDifference
 from probe.vectors.method import Method
 from probe.vectors.methods import METHODS, method_of
 from probe.vectors.mimic import Mimic
+from probe.vectors.one_layer import OneLayer
 from probe.vectors.pairs import alone, encode_pair
+from probe.vectors.task_vector import TaskVector
 from probe.vectors.teacher import Teacher
 from probe.vectors.training import Training, losses_of
 from probe.vectors.vector import CARD, TENSORS, InContextVector, model_facts
@@ -52,8 +56,11 @@ TRAINED: dict[str, Method] = {
     "mimic, constant": Mimic(size="constant"),
     "mimic as released": Mimic(released=True),
     "m2iv": M2iv(),
+    "hificl": Hificl(),
+    "hificl, added": Hificl(pairs=3, rank_k=0, rank_v=2, merge=False),
 }
-ALL: dict[str, Method] = {**TRAINED, "mean-difference": MeanDifference(layer=1)}
+ONE_LAYER: dict[str, Method] = {each.name: each(layer=1) for each in (MeanDifference, TaskVector, FunctionVector)}
+ALL: dict[str, Method] = {**TRAINED, **ONE_LAYER}
 
 
 @cache
@@ -94,8 +101,8 @@ def batch_of(model: Model, episodes: Any, **options: Any) -> Batch:
 def vector(method: Method, model: Any, *, seed: int = 0, size: float = 1.0) -> InContextVector:
     """Drawn at random, large enough to be seen: shifts of a fifth of what they are added to, sizes of all kinds."""
     generator = torch.Generator().manual_seed(seed)
-    spread = {"v": 0.2, "w": 0.1, "b": 1.0, "alpha": 0.5}
-    if isinstance(method, MeanDifference):
+    spread = {"v": 0.2, "w": 0.1, "b": 1.0, "alpha": 0.5, "k": 0.5}
+    if isinstance(method, OneLayer):
         start = {"v": torch.zeros(model.text_config.hidden_size)}
     else:
         start = method.start(model, generator)  # type: ignore[attr-defined]
@@ -127,15 +134,15 @@ def test_every_family_is_paired_and_every_parameter_of_every_method_gets_a_gradi
     model = tiny(name)
     images = 0 if name == "llava_onevision" else 1  # see below
     episodes = [make_episode(2, seed=seed, images=images) for seed in (3, 4)]
-    for kind in ("live", "m2iv", "mimic"):
+    for kind in ("live", "m2iv", "mimic", "hificl"):
         method: Any = TRAINED[kind]
         teacher = Teacher(model)
         lessons = teacher.lessons(episodes, method.objective.align_site if method.objective.align else None)
         parameters = {
-            part: torch.nn.Parameter(value)
+            part: torch.nn.Parameter(value if kind != "hificl" else 0.1 * torch.ones_like(value))
             for part, value in method.start(model, torch.Generator().manual_seed(0)).items()
         }
-        if name == CROSSING and kind == "mimic":
+        if name == CROSSING and kind in ("mimic", "hificl"):
             with pytest.raises(UsageError, match="no attention to the text"):
                 losses_of(method.student(model, parameters)(), lessons, teacher, method.objective)
             continue
@@ -154,7 +161,7 @@ def test_every_family_is_paired_and_every_parameter_of_every_method_gets_a_gradi
             assert (size.abs().amax(-1) if value.dim() > 1 else size.abs()).min() > 0, (kind, part)
 
 
-@pytest.mark.parametrize("kind", ["live", "mimic", "mimic, shared", "m2iv"])
+@pytest.mark.parametrize("kind", ["live", "mimic", "mimic, shared", "m2iv", "hificl"])
 def test_gradients_flow_under_autocast(kind):
     model, method = tiny("qwen2_5_vl"), TRAINED[kind]
     episodes = [make_episode(2, seed=seed) for seed in (3, 4)]
@@ -180,7 +187,8 @@ def test_gradients_flow_under_autocast(kind):
 @pytest.mark.parametrize("kind", TRAINED)
 def test_parameters_may_be_on_any_device(monkeypatch, kind):
     """Values without storage show what would meet on two devices."""
-    monkeypatch.setattr("probe.vectors.mimic.log_partition", lambda q, *_: q.new_zeros(q.shape[:3]))
+    for module in ("mimic", "hificl"):
+        monkeypatch.setattr(f"probe.vectors.{module}.log_partition", lambda q, *_: q.new_zeros(q.shape[:3]))
     stub = SimpleNamespace(n_layers=2, n_heads=4, head_dim=8, text_config=SimpleNamespace(hidden_size=32))
     one = vector(TRAINED[kind], stub)
     there = {name: value.to("meta") for name, value in one.parameters.items()}
@@ -199,7 +207,7 @@ def test_counts_are_those_of_the_papers():
     stub: Any = SimpleNamespace(n_layers=32, n_heads=32, head_dim=128, text_config=SimpleNamespace(hidden_size=4096))
     counts = {
         kind: InContextVector(TRAINED[kind], TRAINED[kind].start(stub, torch.Generator())).n_parameters  # type: ignore[attr-defined]
-        for kind in ("live", "mimic", "m2iv", "mimic, shared", "mimic, constant")
+        for kind in ("live", "mimic", "m2iv", "mimic, shared", "mimic, constant", "hificl")
     }
     assert counts == {
         "live": 131_104,
@@ -207,6 +215,7 @@ def test_counts_are_those_of_the_papers():
         "m2iv": 262_208,
         "mimic, shared": 32 * (2 * 4096 + 1),
         "mimic, constant": 131_072,
+        "hificl": 2_228_224,
     }
     one = InContextVector(Live(), Live().start(stub, torch.Generator()))
     assert one.n_bytes == 4 * one.n_parameters
@@ -258,7 +267,7 @@ def test_a_vector_of_nothing_changes_nothing(name):
             assert moved(same, own) < 1e-4 * float(own.abs().max())
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("hificl", "hificl, added", "task-vector")])
 def test_scale_is_a_factor_on_the_vectors(kind):
     model = tiny("qwen2_5_vl")
     batch = batch_of(model, EPISODES)
@@ -387,7 +396,7 @@ def one_by_one(model: Model, batch: Batch, edits: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", EXACT[:3])
-@pytest.mark.parametrize("kind", ["live", "m2iv", "mimic", "mimic, shared", "mimic as released"])
+@pytest.mark.parametrize("kind", ["live", "m2iv", "mimic", "mimic, shared", "mimic as released", "hificl"])
 def test_token_by_token_with_a_cache_is_the_same_as_all_at_once(name, kind):
     """To 1e-12 in float64. The released MimIC sums over keys that a cache does not have yet."""
     model = exact(name)
@@ -504,7 +513,7 @@ def edits_of(one: InContextVector, kind: str, n: int, single: Batch) -> list[Any
     return [late(edit) for edit in one.edits()]
 
 
-@pytest.mark.parametrize("kind", ["live", "mimic", "m2iv", "mean-difference"])
+@pytest.mark.parametrize("kind", ["live", "mimic", "m2iv", "hificl", "mean-difference", "task-vector"])
 def test_beams_run_and_one_beam_is_greedy(kind):
     model = tiny("qwen2_5_vl")
     prompts = model.batch([model.encode(episode) for episode in EPISODES], with_answer=False)
@@ -630,7 +639,7 @@ def test_places_that_do_not_exist_are_refused():
     for heads in ([(0, 4)], [(-1, 0)], [(0, -1)], [(0, 0), (last + 1, 0)]):
         with pytest.raises(UsageError, match=f"layers 0 to {last} with heads 0 to 3; asked for"):
             inject(model, mimic, heads=heads)
-    for one in (live, vector(M2iv(), model), vector(MeanDifference(layer=0), model)):
+    for one in (live, vector(M2iv(), model), *(vector(method, model) for method in ONE_LAYER.values())):
         with pytest.raises(UsageError, match="whole layers, not on single heads"):
             inject(model, one, heads=[(0, 0)])
     with pytest.raises(UsageError, match="does not act in layer 2; it does in 0"):
@@ -741,70 +750,6 @@ def test_alone_is_the_query():
     episode = dataclasses.replace(make_episode(2, seed=2), perturbations=("shuffle",))
     assert alone(episode).examples == (episode.query,)
     assert alone(episode).perturbations == ()
-
-
-# ------------------------------------------------------------------------------------------------------ mean difference
-
-
-def test_the_mean_difference_is_the_mean_of_what_hooks_see():
-    """Episode by episode without padding, at the last position of the prompt; unequal lengths."""
-    model = tiny("qwen2_5_vl")
-    episodes = [make_episode(shots, seed=seed) for shots, seed in ((1, 3), (3, 4), (2, 5))]
-
-    def states(episode: Any, site: str) -> Tensor:
-        seen: dict[int, Tensor] = {}
-        handles = []
-        for i, layer in enumerate(model.layers):
-            part: Any = {"layer_output": layer, "mlp_output": layer.mlp, "attention_output": layer.self_attn.o_proj}[
-                site
-            ]  # type: ignore[union-attr]
-            handles.append(
-                part.register_forward_hook(
-                    lambda _m, _a, o, i=i: seen.__setitem__(i, (o[0] if isinstance(o, tuple) else o)[0, -1])
-                )
-            )
-        model.logits(model.batch([model.encode(episode)], with_answer=False))
-        for handle in handles:
-            handle.remove()
-        return torch.stack([seen[i] for i in range(model.n_layers)])
-
-    for site in ("layer_output", "mlp_output", "attention_output"):
-        wanted = torch.stack([states(e, site) - states(alone(e), site) for e in episodes]).mean(0)
-        for size in (1, 3):
-            found = mean_differences(model, episodes, site, size)
-            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
-        assert float(wanted.abs().max()) > 0.1
-
-
-def test_the_layer_of_the_mean_difference_is_the_best_of_those_that_validate():
-    model = tiny("qwen2_5_vl")
-    episodes = [make_episode(2, seed=seed) for seed in range(3, 11)]
-    options = Training(validation=0.5, batch_size=4, seed=1)
-    found = MeanDifference().fit(model, episodes, training=options)
-    from probe.vectors.training import split
-
-    learn, validate = split(episodes, options)
-    differences = mean_differences(model, learn, "layer_output", 4)
-    scores = []
-    for layer in range(model.n_layers):
-        one = InContextVector(MeanDifference(layer=layer), {"v": differences[layer]})
-        queries = [alone(episode) for episode in validate]
-        batch = batch_of(model, queries)
-        scores.append(probe.trace.likelihood.answer_log_probability(inject(model, one), batch).mean())
-    assert len(set(scores)) == model.n_layers
-    best = max(range(model.n_layers), key=scores.__getitem__)
-    assert found.method == MeanDifference(layer=best)
-    torch.testing.assert_close(found.parameters["v"], differences[best], rtol=0, atol=1e-5)
-    assert found.card["data"]["episodes"] == 8
-    assert MeanDifference(layer=2).fit(model, episodes, training=options).edits()[0].layer == 2
-    none = Training(validation=0.0)
-    for layer, training, match in (
-        (4, options, "layers 0 to 3; asked for 4"),
-        (-2, options, "-2"),
-        (-1, none, "choose a layer by"),
-    ):
-        with pytest.raises(UsageError, match=match):
-            MeanDifference(layer=layer).fit(model, episodes, training=training)
 
 
 # -------------------------------------------------------------------------------------------------------------- storage

@@ -12,7 +12,7 @@ from probe.errors import UsageError
 from probe.experiments.answering import facts
 from probe.measures.ov_copying import copying_scores, token_circuit
 from probe.models.model import Model
-from probe.models.sites import AttentionSite, decoder_of
+from probe.models.sites import AttentionSite, acting_weight, decoder_of
 
 
 def ov_copying(model: Model, *, draws: int = 5, seed: int = 0) -> xr.Dataset:
@@ -81,7 +81,7 @@ def head_weights(model: Model, site: AttentionSite) -> tuple[Tensor, Tensor]:
     """
     block, attention = (cast(Any, model.module.get_submodule(name)) for name in (site.block, site.attention))
     width = model.head_dim
-    value = attention.v_proj.weight.detach().float() * norm_gain(block.input_layernorm)
+    value = acting_weight(attention.v_proj).detach().float() * norm_gain(block.input_layernorm)
     value = value.unflatten(0, (-1, width)).transpose(1, 2)
     output = model.output_weight(site.layer).detach().float().T.unflatten(0, (-1, width))
     return value.repeat_interleave(len(output) // len(value), 0), output

@@ -17,7 +17,7 @@ from probe.errors import ProbeError, UsageError
 from probe.models.encoding import Batch, Encoding, collate, refuse_special_tokens, tokenise
 from probe.models.family import Family
 from probe.models.prompt import Message, Prompt, expand_images, render_prompt
-from probe.models.sites import AttentionSite, Axis, decoder_of, find_sites
+from probe.models.sites import AttentionSite, Axis, acting_weight, decoder_of, find_sites
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -160,8 +160,7 @@ class Model:
 
     def _projection(self, layer: int, axis: Axis) -> torch.Tensor:
         site = next(site for site in self.sites if (site.axis, site.layer) == (axis, layer))
-        weight: torch.Tensor = cast(Any, self.module.get_submodule(site.attention)).o_proj.weight
-        return weight
+        return acting_weight(cast(Any, self.module.get_submodule(site.attention)).o_proj)
 
     def _norm(self, layer: int) -> tuple[torch.Tensor, float] | None:
         if self.family.norm is None:

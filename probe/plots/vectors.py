@@ -22,6 +22,10 @@ COLOURS = {
     "m2iv": style.GREEN,
     "mean-difference": style.PURPLE,
     "fitted-shift": style.ORANGE,
+    "hificl": "#882255",
+    "lora": "#7a5c3a",
+    "task-vector": "#332288",
+    "function-vector": "#44aa99",
 }
 """Of each method, the same in all figures; :data:`SKY` of any other."""
 

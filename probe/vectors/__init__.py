@@ -7,11 +7,15 @@ starts from, the edits that they are, and how they are found. All methods have o
 ``save`` and ``load`` it as safetensors and JSON. Training, the frozen teacher that it learns from and its losses are
 one place each, whatever the method.
 
-==========================================  ===========================================================================
-:class:`~probe.vectors.live.Live`           a vector a layer, added to its output, which keeps its norm (LIVE)
-:class:`~probe.vectors.mimic.Mimic`         a vector a head, sized by the query (MimIC)
-:class:`~probe.vectors.m2iv.M2iv`           a vector a layer behind attention and one behind the MLP (M²IV-style)
-:class:`~probe.vectors.mean.MeanDifference` the mean difference of the states with and without demonstrations
-:class:`~probe.vectors.fitted.FittedShift`  MimIC's form, fitted to the shifts of attention without a gradient
-==========================================  ===========================================================================
+=====================================================  ================================================================
+:class:`~probe.vectors.live.Live`                      a vector a layer, added to its output, which keeps its norm
+:class:`~probe.vectors.mimic.Mimic`                    a vector a head, sized by the query
+:class:`~probe.vectors.m2iv.M2iv`                      a vector a layer behind attention and one behind the MLP
+:class:`~probe.vectors.hificl.Hificl`                  keys and values in every head, attended to like any others
+:class:`~probe.vectors.lora.Lora`                      the baseline in weight space
+:class:`~probe.vectors.fitted.FittedShift`             MimIC's form, fitted to shifts of attention without a gradient
+:class:`~probe.vectors.mean.MeanDifference`            in one layer, what demonstrations add to the state on average
+:class:`~probe.vectors.task_vector.TaskVector`         in one layer, the mean state with demonstrations in its place
+:class:`~probe.vectors.function_vector.FunctionVector` in one layer, what a few heads write on average
+=====================================================  ================================================================
 """

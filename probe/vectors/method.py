@@ -256,6 +256,14 @@ def add(site: Edited, layer: int, shift: Tensor) -> Edit:
     return Edit(site, layer, fn)
 
 
+def turned(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Vectors ``[…, n, width]`` in random directions that keep their lengths and the angles between the n of them."""
+    _, coordinates = torch.linalg.qr(value.mT)  # of the n vectors in their own span, [rank, n]
+    noise = torch.randn(*value.shape[:-2], value.shape[-1], coordinates.shape[-2], generator=generator)
+    found: Tensor = torch.linalg.qr(noise).Q @ coordinates
+    return found.mT.contiguous()
+
+
 def widen(value: Tensor) -> Tensor:
     """In float32, or in float64 if it is."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

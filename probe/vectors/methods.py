@@ -8,13 +8,20 @@ from dataclasses import fields
 
 from probe.errors import UsageError, did_you_mean
 from probe.vectors.fitted import FittedShift
+from probe.vectors.function_vector import FunctionVector
+from probe.vectors.hificl import Hificl
 from probe.vectors.live import Live
+from probe.vectors.lora import Lora
 from probe.vectors.m2iv import M2iv
 from probe.vectors.mean import MeanDifference
 from probe.vectors.method import Method
 from probe.vectors.mimic import Mimic
+from probe.vectors.task_vector import TaskVector
 
-METHODS: dict[str, type[Method]] = {each.name: each for each in (Live, Mimic, M2iv, MeanDifference, FittedShift)}
+METHODS: dict[str, type[Method]] = {
+    each.name: each
+    for each in (Live, Mimic, M2iv, Hificl, Lora, FittedShift, MeanDifference, TaskVector, FunctionVector)
+}
 
 
 def method_of(name: str, options: Mapping[str, object] | None = None) -> Method:
