@@ -96,7 +96,7 @@ def test_several_seeds_sizes_and_shots_in_one_go(capsys):
 def test_every_method_is_found_applied_and_compared(capsys):
     """Those of weights, of heads and of one layer, in one run."""
     methods = "hificl:pairs=2:rank_k=0,lora:rank=2,task-vector:layer=2,function-vector:layer=1:heads=2:prompts=3"
-    printed(capsys, *TRAIN[:-1], "several", "--method", methods, "--epochs", "1")
+    printed(capsys, *TRAIN[:-1], "several", "--method", methods)
     places = sorted(Path("several/vectors").iterdir())
     names = (
         "function-vector_layer-1_heads-2_prompts-3",

@@ -36,7 +36,7 @@ from probe.trace.ablate import N_KINDS, mean_heads
 from probe.trace.edit import Edit
 from probe.trace.read import read
 from probe.trace.rows import FIRST
-from probe.vectors.method import Parameters, Steps, add, refuse_heads
+from probe.vectors.method import Constant, Parameters, Steps, refuse_heads
 from probe.vectors.one_layer import OneLayer, read_first
 from probe.vectors.training import Training
 from probe.vectors.vector import Head
@@ -65,7 +65,7 @@ class FunctionVector(OneLayer):
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One, in its layer."""
         refuse_heads(self, heads)
-        return [add("layer_output", self.layer, scale * parameters["v"])]
+        return [Constant("layer_output", self.layer, scale * parameters["v"]).edit()]
 
     def n_readings(self, model: Model, n_episodes: int) -> int:
         """Once for the means, and for effects once and once for each head."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from probe.models.model import Model
 from probe.trace.edit import Edit, Output
-from probe.vectors.method import Objective, Parameters, Trained, add, refuse_heads
+from probe.vectors.method import Constant, Objective, Parameters, Trained, refuse_heads
 from probe.vectors.vector import Head
 
 SITES: dict[str, Output] = {"attention": "attention_output", "mlp": "mlp_output"}
@@ -77,9 +77,13 @@ class M2iv(Trained):
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """Two a layer."""
         refuse_heads(self, heads)
+        return [constant.edit() for constant in self.constants(parameters, scale=scale)]
+
+    def constants(self, parameters: Parameters, *, scale: float = 1.0) -> list[Constant]:
+        """Two a layer."""
         found = []
         for layer in range(len(parameters["v_mlp"])):
             for branch, site in SITES.items():
                 shift = parameters[f"alpha_{branch}"][layer] * parameters[f"v_{branch}"][layer]
-                found.append(add(site, layer, scale * shift))
+                found.append(Constant(site, layer, scale * shift))
         return found

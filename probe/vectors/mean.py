@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from probe.data.example import Episode
-from probe.models.encoding import Encoding
 from probe.models.model import Model
 from probe.trace.edit import Edit, Output
-from probe.vectors.method import Parameters, Steps, add, check_site, refuse_heads
-from probe.vectors.one_layer import OneLayer, read_first
-from probe.vectors.pairs import encode_pair
-from probe.vectors.teacher import stack
+from probe.vectors.method import Constant, Parameters, Steps, check_site, refuse_heads
+from probe.vectors.one_layer import OneLayer, states_of_pairs
 from probe.vectors.training import Training
 from probe.vectors.vector import Head
 
@@ -45,7 +42,7 @@ class MeanDifference(OneLayer):
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One, in its layer."""
         refuse_heads(self, heads)
-        return [add(self.site, self.layer, scale * parameters["v"])]
+        return [Constant(self.site, self.layer, scale * parameters["v"]).edit()]
 
     def n_readings(self, model: Model, n_episodes: int) -> int:
         """With demonstrations and without."""
@@ -62,16 +59,6 @@ def mean_differences(
     model: Model, episodes: Sequence[Episode], site: Output, batch_size: int, steps: Steps | None = None
 ) -> Tensor:
     """What demonstrations add on average to the state that predicts the answer, ``[layer, hidden]``, float32."""
-    total = torch.zeros(())
-    for start in range(0, len(episodes), batch_size):
-        pairs = [encode_pair(model, episode) for episode in episodes[start : start + batch_size]]
-        for sign, encodings in ((1, [pair.teacher for pair in pairs]), (-1, [pair.student for pair in pairs])):
-            total = total + sign * sum_of_states(model, encodings, site)
-            if steps:
-                steps.add(len(pairs))
+    pairs = states_of_pairs(model, episodes, site, batch_size, steps)
+    total = torch.stack([(with_them - without).sum(1) for with_them, without in pairs]).sum(0)
     return (total / len(episodes)).float()
-
-
-def sum_of_states(model: Model, encodings: Sequence[Encoding], site: Output) -> Tensor:
-    """``[layer, hidden]``, float64, at the positions that predict the answers' first tokens."""
-    return stack(model, read_first(model, encodings, site), "value").sum(1)

@@ -58,6 +58,13 @@ class Method:
         """The model with other weights, for methods that change weights; the given one stays as it is."""
         raise NotImplementedError
 
+    def constants(self, parameters: Parameters, *, scale: float = 1.0) -> list[Constant]:
+        """What the edits are where they do not depend on what is read, and so could be merged into biases."""
+        raise UsageError(
+            f"What {self.label} does depends on what is read, or on where: it cannot be merged into weights. What can "
+            "is m2iv, i2cl and mimic:size=constant; inject others."
+        )
+
     def acting(self, parameters: Parameters) -> list[int]:
         """The layers in which the parameters change something."""
         return sorted({edit.layer for edit in self.edits(parameters)})
@@ -197,6 +204,10 @@ class Trained(Method):
             If it cannot.
         """
 
+    def extract(self, model: Model, episodes: Sequence[Episode], batch_size: int) -> dict[str, Tensor]:
+        """Parameters that are read off the model and not trained, float32 on the CPU; most methods have none."""
+        return {}
+
     def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
         """The parameters before training, float32 on the CPU."""
         raise NotImplementedError
@@ -244,16 +255,33 @@ class Trained(Method):
         )
 
 
-def add(site: Edited, layer: int, shift: Tensor) -> Edit:
-    """Add ``[hidden]`` at every position.
+@dataclass(frozen=True)
+class Constant:
+    """``factor * value + shift`` at every position, whatever is read.
 
-    In float32 at least, whatever the model's type; adding zeros changes no bit.
+    Attributes
+    ----------
+    site, layer
+        Where.
+    shift
+        As a position's value: ``[hidden]``, or at heads ``[head, head_dim]``.
+    factor
+        A number, if not 1.
     """
 
-    def fn(value: Tensor, _: object) -> Tensor:
-        return (widen(value) + shift.to(value.device)).to(value.dtype)
+    site: Edited
+    layer: int
+    shift: Tensor
+    factor: Tensor | None = None
 
-    return Edit(site, layer, fn)
+    def edit(self) -> Edit:
+        """What it changes; in float32 at least, whatever the model's type. Adding zeros changes no bit."""
+
+        def fn(value: Tensor, _: object) -> Tensor:
+            own = widen(value) if self.factor is None else self.factor.to(value.device) * widen(value)
+            return (own + self.shift.to(value.device)).to(value.dtype)
+
+        return Edit(self.site, self.layer, fn)
 
 
 def turned(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,17 +10,23 @@ from probe.errors import UsageError, did_you_mean
 from probe.vectors.fitted import FittedShift
 from probe.vectors.function_vector import FunctionVector
 from probe.vectors.hificl import Hificl
+from probe.vectors.i2cl import I2cl
+from probe.vectors.icv import Icv
 from probe.vectors.live import Live
 from probe.vectors.lora import Lora
 from probe.vectors.m2iv import M2iv
 from probe.vectors.mean import MeanDifference
 from probe.vectors.method import Method
 from probe.vectors.mimic import Mimic
+from probe.vectors.mtv import Mtv
 from probe.vectors.task_vector import TaskVector
 
 METHODS: dict[str, type[Method]] = {
     each.name: each
-    for each in (Live, Mimic, M2iv, Hificl, Lora, FittedShift, MeanDifference, TaskVector, FunctionVector)
+    for each in (
+        *(Live, Mimic, M2iv, Hificl, I2cl, Lora),
+        *(FittedShift, MeanDifference, TaskVector, FunctionVector, Icv, Mtv),
+    )
 }
 
 

@@ -30,7 +30,7 @@ from probe.errors import UsageError, did_you_mean
 from probe.measures.partition import log_partition
 from probe.models.model import Model
 from probe.trace.edit import Attention, Context, Edit, Output
-from probe.vectors.method import Objective, Parameters, Trained, check_self_attention, head_factors, widen
+from probe.vectors.method import Constant, Objective, Parameters, Trained, check_self_attention, head_factors, widen
 from probe.vectors.vector import Head
 
 Size = Literal["head", "shared", "constant"]
@@ -102,6 +102,12 @@ class Mimic(Trained):
         n_layers, n_heads, _ = parameters["v"].shape
         factors = head_factors(heads, n_layers, n_heads, scale)
         return [self._edit(layer, parameters, factor) for layer, factor in factors.items()]
+
+    def constants(self, parameters: Parameters, *, scale: float = 1.0) -> list[Constant]:
+        """With mu = 1 for all queries, one a layer."""
+        if self.size != "constant":
+            return super().constants(parameters, scale=scale)
+        return [Constant("heads", layer, scale * v) for layer, v in enumerate(parameters["v"])]
 
     def _edit(self, layer: int, parameters: Parameters, factor: Tensor) -> Edit:
         v = factor[:, None].to(parameters["v"]) * parameters["v"][layer]

@@ -18,13 +18,13 @@ from probe.data.example import Episode
 from probe.errors import UsageError
 from probe.models.encoding import Encoding
 from probe.models.model import Model
-from probe.trace.edit import Edited
+from probe.trace.edit import Edited, Output
 from probe.trace.likelihood import answer_log_probability
 from probe.trace.read import LayerValues, Reading, read
 from probe.trace.steer import check_plain
 from probe.vectors.method import Method, Steps
-from probe.vectors.pairs import alone
-from probe.vectors.teacher import Teacher, flat_places
+from probe.vectors.pairs import alone, encode_pair
+from probe.vectors.teacher import Teacher, flat_places, stack
 from probe.vectors.training import Training, describe, split
 from probe.vectors.vector import InContextVector
 
@@ -76,9 +76,8 @@ class OneLayer(Method):
         found = [InContextVector(replace(self, layer=at), {"v": v.clone()}) for at, v in enumerate(vectors)]
         layer = self.layer
         if layer < 0:
-            scores = [_probability(model, validate, each, options.batch_size, steps) for each in found]
-            layer = int(torch.tensor(scores).argmax())
-            about = {**about, "by_layer": [round(score, 4) for score in scores]}
+            layer, scores = best_of(model, validate, found, options.batch_size, steps)
+            about = {**about, "by_layer": scores}
         card = {**describe(model, self, episodes, options), **({"fitted": about} if about else {})}
         return replace(found[layer], card=card)
 
@@ -93,6 +92,40 @@ def read_first(model: Model, encodings: Sequence[Encoding], site: Edited) -> Rea
         return {"value": value[places].double()}
 
     return read(model, batch, (site,), reduce)
+
+
+def first_states(model: Model, encodings: Sequence[Encoding], site: Output) -> Tensor:
+    """What :func:`read_first` reads of every layer, ``[layer, episode, hidden]``, float64."""
+    return stack(model, read_first(model, encodings, site), "value")
+
+
+def states_of_pairs(
+    model: Model, episodes: Sequence[Episode], site: Output, batch_size: int, steps: Steps | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """For each batch the states that predict the answers with demonstrations, and without (:func:`first_states`)."""
+    found = []
+    for start in range(0, len(episodes), batch_size):
+        pairs = [encode_pair(model, episode) for episode in episodes[start : start + batch_size]]
+        both = [[pair.teacher for pair in pairs], [pair.student for pair in pairs]]
+        with_them, without = (first_states(model, encodings, site) for encodings in both)
+        found.append((with_them, without))
+        if steps:
+            steps.add(2 * len(pairs))
+    return found
+
+
+def best_of(
+    model: Model, episodes: Sequence[Episode], vectors: Sequence[InContextVector], batch_size: int, steps: Steps
+) -> tuple[int, list[float]]:
+    """Under which of several vectors queries without demonstrations are answered best.
+
+    Returns
+    -------
+    tuple
+        The place of the best, and of each the mean log-probability of the gold answers.
+    """
+    scores = [_probability(model, episodes, vector, batch_size, steps) for vector in vectors]
+    return int(torch.tensor(scores).argmax()), [round(score, 4) for score in scores]
 
 
 def _probability(

@@ -26,9 +26,8 @@ from torch import Tensor
 from probe.data.example import Episode
 from probe.models.model import Model
 from probe.trace.edit import Edit
-from probe.vectors.mean import sum_of_states
 from probe.vectors.method import Parameters, Steps, refuse_heads, widen
-from probe.vectors.one_layer import OneLayer
+from probe.vectors.one_layer import OneLayer, first_states
 from probe.vectors.pairs import encode_pair
 from probe.vectors.training import Training
 from probe.vectors.vector import Head
@@ -62,6 +61,6 @@ class TaskVector(OneLayer):
         total = torch.zeros(())
         for start in range(0, len(episodes), training.batch_size):
             pairs = [encode_pair(model, episode) for episode in episodes[start : start + training.batch_size]]
-            total = total + sum_of_states(model, [pair.teacher for pair in pairs], "layer_output")
+            total = total + first_states(model, [pair.teacher for pair in pairs], "layer_output").sum(1)
             steps.add(len(pairs))
         return (total / len(episodes)).float(), {}

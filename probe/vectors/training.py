@@ -169,7 +169,9 @@ def train(
     if directory is not None:
         state.resume(Path(directory) / STATE)
     n_batches = math.ceil(len(lessons) / options.batch_size)
-    student = method.student(model, state.parameters)
+    fixed = method.extract(model, learn, options.batch_size)
+    there = {part: value.to(model.device) for part, value in fixed.items()}
+    student = method.student(model, {**there, **state.parameters})
     with frozen(model.module):
         while state.epoch < options.epochs and not state.exhausted(options.patience):
             order = np.random.default_rng((options.seed, state.epoch)).permutation(len(lessons))
@@ -185,7 +187,9 @@ def train(
             state.end_epoch(sums, _validate(student, checks, teacher, objective, options))
             if directory is not None:
                 state.save(Path(directory) / STATE)
-    return InContextVector(method, state.best, {**card, "curve": state.curve, "best_epoch": state.best_epoch})
+    return InContextVector(
+        method, {**fixed, **state.best}, {**card, "curve": state.curve, "best_epoch": state.best_epoch}
+    )
 
 
 def _validate(

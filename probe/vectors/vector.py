@@ -119,7 +119,7 @@ class InContextVector:
         if layers is not None:
             found = [edit for edit in found if edit.layer in layers]
         chosen = rows if rows is not None else self.method.rows
-        return found if chosen == "all" else [_at_rows(edit, chosen) for edit in found]
+        return found if chosen == "all" else [at_rows(edit, chosen) for edit in found]
 
     def into(
         self,
@@ -240,7 +240,7 @@ def model_facts(model: Model) -> dict[str, object]:
     }
 
 
-def _at_rows(edit: Edit, rows: str) -> Edit:
+def at_rows(edit: Edit, rows: str) -> Edit:
     """The same edit at some positions only."""
     asked = parse_rows(rows)
 
