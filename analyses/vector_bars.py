@@ -30,7 +30,7 @@ Of the comparators (--comparators: other seeds, no bar), from seeds 100 and 101 
 1. HiFICL and LoRA recover 97 % everywhere, fixed bindings of kinds included, where MimIC loses twenty points.
 2. I2CL recovers 97 % on operators and recognition, and stays far under eight shots on bindings.
 3. TV and ICV do recognition, and neither does operators nor bindings: TV like the mean difference, ICV a little more.
-4. FV does most of the operators (0.7 to 0.9), far above TV and the mean difference, and recognition less well than they.
+4. FV does most of the operators (0.7 to 0.9), far above TV and the mean difference, and recognition less well.
 5. MTV says the right first token and does not stop: it answers nothing right, and with its heads replaced once, at the
    first token, everything but bindings.
 """

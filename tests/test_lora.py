@@ -146,9 +146,9 @@ def test_what_is_read_off_weights_is_read_off_these():
     one = adapter(Lora(rank=4), model)
     steered, by_hand = inject(model, one), merged(model, one)
     for layer in range(model.n_layers):
-        found = steered.output_weight(layer)
-        assert moved(found, by_hand.output_weight(layer)) < 1e-5
-        assert moved(found, model.output_weight(layer)) > 1e-3
+        found = steered.output_weight(layer).detach()
+        assert moved(found, by_hand.output_weight(layer).detach()) < 1e-5
+        assert moved(found, model.output_weight(layer).detach()) > 1e-3
         for mine, other in zip(*(head_weights(each, each.sites[layer]) for each in (steered, by_hand)), strict=True):
             assert moved(mine, other) < 1e-5
     episodes = [make_episode(2, seed=seed) for seed in (3, 4)]

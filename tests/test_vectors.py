@@ -25,12 +25,15 @@ from probe.trace.read import read
 from probe.trace.steer import inject
 from probe.vectors.function_vector import FunctionVector
 from probe.vectors.hificl import Hificl
+from probe.vectors.i2cl import I2cl
+from probe.vectors.icv import Icv
 from probe.vectors.live import Live
 from probe.vectors.m2iv import M2iv
 from probe.vectors.mean import MeanDifference
-from probe.vectors.method import Method
+from probe.vectors.method import Method, Trained
 from probe.vectors.methods import METHODS, method_of
 from probe.vectors.mimic import Mimic
+from probe.vectors.mtv import Mtv
 from probe.vectors.one_layer import OneLayer
 from probe.vectors.pairs import alone, encode_pair
 from probe.vectors.task_vector import TaskVector
@@ -58,9 +61,14 @@ TRAINED: dict[str, Method] = {
     "m2iv": M2iv(),
     "hificl": Hificl(),
     "hificl, added": Hificl(pairs=3, rank_k=0, rank_v=2, merge=False),
+    "i2cl": I2cl(),
 }
+FOUND: dict[str, Method] = {"icv": Icv(strength=0.5), "mtv": Mtv()}
 ONE_LAYER: dict[str, Method] = {each.name: each(layer=1) for each in (MeanDifference, TaskVector, FunctionVector)}
-ALL: dict[str, Method] = {**TRAINED, **ONE_LAYER}
+EVERYWHERE: dict[str, Method] = {**TRAINED, **FOUND}
+ALL: dict[str, Method] = {**EVERYWHERE, **ONE_LAYER}
+NOT_LINEAR = ("hificl", "hificl, added", "i2cl", *FOUND, "task-vector")
+"""A scale is no factor on their vectors."""
 
 
 @cache
@@ -101,11 +109,22 @@ def batch_of(model: Model, episodes: Any, **options: Any) -> Batch:
 def vector(method: Method, model: Any, *, seed: int = 0, size: float = 1.0) -> InContextVector:
     """Drawn at random, large enough to be seen: shifts of a fifth of what they are added to, sizes of all kinds."""
     generator = torch.Generator().manual_seed(seed)
-    spread = {"v": 0.2, "w": 0.1, "b": 1.0, "alpha": 0.5, "k": 0.5}
+    spread = {"v": 0.2, "w": 0.1, "b": 1.0, "alpha": 0.5, "k": 0.5, "lambda": 0.5, "beta": 0.3, "chosen": 0.0}
+    hidden, heads = model.text_config.hidden_size, (model.n_layers, model.n_heads)
+    start: dict[str, Tensor] = {}
+    if isinstance(method, Trained):
+        start = method.start(model, generator)
     if isinstance(method, OneLayer):
-        start = {"v": torch.zeros(model.text_config.hidden_size)}
-    else:
-        start = method.start(model, generator)  # type: ignore[attr-defined]
+        start["v"] = torch.zeros(hidden)
+    elif isinstance(method, Icv):
+        start["v"] = torch.zeros(model.n_layers, hidden)
+    elif isinstance(method, Mtv):
+        start |= {
+            "v": torch.zeros(*heads, model.head_dim),
+            "chosen": (torch.rand(heads, generator=generator) > 0.4) * 1.0,
+        }
+    elif isinstance(method, I2cl):
+        start |= {name: torch.zeros(model.n_layers, hidden) for name in ("v_attention", "v_mlp")}
     parameters = {
         name: value + size * spread[name.split("_")[0]] * torch.randn(value.shape, generator=generator)
         for name, value in start.items()
@@ -184,18 +203,18 @@ def test_gradients_flow_under_autocast(kind):
         assert cosine > 0.9, name
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", EVERYWHERE)
 def test_parameters_may_be_on_any_device(monkeypatch, kind):
     """Values without storage show what would meet on two devices."""
     for module in ("mimic", "hificl"):
         monkeypatch.setattr(f"probe.vectors.{module}.log_partition", lambda q, *_: q.new_zeros(q.shape[:3]))
     stub = SimpleNamespace(n_layers=2, n_heads=4, head_dim=8, text_config=SimpleNamespace(hidden_size=32))
-    one = vector(TRAINED[kind], stub)
-    there = {name: value.to("meta") for name, value in one.parameters.items()}
+    one = vector(EVERYWHERE[kind], stub)
+    there = {name: value if name == "chosen" else value.to("meta") for name, value in one.parameters.items()}
     q, k = torch.empty(1, 4, 3, 8, device="meta"), torch.empty(1, 2, 3, 8, device="meta")
     call = probe.trace.edit.Attention(0, "text", q, k, k, None, 1.0, True)
     for parameters in (there, one.parameters):
-        for edit in TRAINED[kind].edits(parameters, scale=0.5):
+        for edit in EVERYWHERE[kind].edits(parameters, scale=0.5):
             value = torch.empty((1, 3, 4, 8) if edit.site == "heads" else (1, 3, 32), device="meta")
             if parameters is one.parameters:  # a vector stays on the CPU, and the model is elsewhere
                 assert edit.fn(value, SimpleNamespace(attention=call)).device.type == "meta"
@@ -217,6 +236,11 @@ def test_counts_are_those_of_the_papers():
         "mimic, constant": 131_072,
         "hificl": 2_228_224,
     }
+    i2cl = vector(I2cl(), stub)
+    assert i2cl.n_parameters == 262_272
+    assert sum(value.numel() for value in I2cl().start(stub, torch.Generator()).values()) == 128
+    assert vector(Icv(), stub).n_parameters == 131_072
+    assert vector(Mtv(), stub).n_parameters == 131_072 + 32 * 32
     one = InContextVector(Live(), Live().start(stub, torch.Generator()))
     assert one.n_bytes == 4 * one.n_parameters
 
@@ -267,7 +291,7 @@ def test_a_vector_of_nothing_changes_nothing(name):
             assert moved(same, own) < 1e-4 * float(own.abs().max())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("hificl", "hificl, added", "task-vector")])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in NOT_LINEAR])
 def test_scale_is_a_factor_on_the_vectors(kind):
     model = tiny("qwen2_5_vl")
     batch = batch_of(model, EPISODES)
@@ -347,29 +371,6 @@ def test_a_constant_in_front_of_the_output_projection_is_its_image_behind_it(nam
     assert moved(merged, steered) < bound
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_merged_into_a_bias_it_is_the_same_model(bias):
-    """To 1e-12 in float64; of a projection that has a bias, and of one that gets its first."""
-    processor = make_processor()
-    module: Any = make_module(processor).double()
-    for part in module.modules():
-        if type(part).__name__.endswith("RMSNorm"):
-            part.forward = _norm(part, 0.0)
-    projections = [layer.self_attn.o_proj for layer in module.model.language_model.layers]
-    if bias:
-        for projection in projections:
-            projection.bias = torch.nn.Parameter(torch.linspace(-1, 1, projection.out_features).double())
-    model = load(module, processor=processor)
-    batch = batch_of(model, EPISODES)
-    one = vector(Mimic(size="constant"), model)
-    own, steered = model.logits(batch), inject(model, one).logits(batch)
-    for layer, projection in enumerate(projections):
-        image = projection.weight @ one.parameters["v"][layer].double().flatten()
-        projection.bias = torch.nn.Parameter(image if projection.bias is None else projection.bias + image)
-    assert moved(model.logits(batch), steered) < 1e-12 * float(own.abs().max())
-    assert moved(own, steered) > 0.1
-
-
 EXACT = ["qwen2_5_vl", "llava", "gemma3", "idefics"]  # rotary positions of 3 kinds; a window; a gate
 
 
@@ -396,18 +397,20 @@ def one_by_one(model: Model, batch: Batch, edits: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", EXACT[:3])
-@pytest.mark.parametrize("kind", ["live", "m2iv", "mimic", "mimic, shared", "mimic as released", "hificl"])
+@pytest.mark.parametrize(
+    "kind", ["live", "m2iv", "mimic", "mimic, shared", "mimic as released", "hificl", "i2cl", "icv"]
+)
 def test_token_by_token_with_a_cache_is_the_same_as_all_at_once(name, kind):
     """To 1e-12 in float64. The released MimIC sums over keys that a cache does not have yet."""
     model = exact(name)
     batch = batch_of(model, [LONG])
     n_answer = batch.length - batch.encodings[0].n_prompt
     assert n_answer > 2
-    one = vector(TRAINED[kind], model, size=3.0)
+    one = vector(EVERYWHERE[kind], model, size=3.0)
     both = read(model, batch, edits=one.edits(), logits_to_keep=n_answer + 1).logits[0]
     assert moved(both, model.logits(batch, logits_to_keep=n_answer + 1)[0]) > 1e-2
     apart = moved(one_by_one(model, batch, one.edits()), both)
-    if TRAINED[kind] == Mimic(released=True):
+    if kind == "mimic as released":
         assert apart > 1e-4
     else:
         assert apart < 1e-12 * float(both.abs().max())
@@ -422,7 +425,7 @@ def test_a_later_token_does_not_reach_back(name):
     other["input_ids"] = other["input_ids"].clone()
     other["input_ids"][0, -1] = other["input_ids"][0, -2]
     swapped = dataclasses.replace(batch, inputs=other)
-    for kind, method in TRAINED.items():
+    for kind, method in EVERYWHERE.items():
         edits = vector(method, model).edits()
         one, two = (read(model, each, edits=edits, logits_to_keep=4).logits[0] for each in (batch, swapped))
         assert moved(one[-1], two[-1]) > 1e-3
@@ -447,7 +450,7 @@ def test_padding_does_not_matter(name):
     batch = batch_of(model, episodes)
     assert batch.pads[0] > 10
     batch, alone_ = (positioned(model, each) for each in (batch, batch_of(model, episodes[:1])))
-    for kind, method in TRAINED.items():
+    for kind, method in EVERYWHERE.items():
         edits = vector(method, model).edits()
         padded, plain = (read(model, each, edits=edits).logits[0] for each in (batch, alone_))
         if kind == "mimic as released":
@@ -473,11 +476,11 @@ def test_what_is_added_commutes_and_what_is_turned_does_not():
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind in TRAINED if kind != "mimic as released"), "answer rows"])
+@pytest.mark.parametrize("kind", [*(kind for kind in EVERYWHERE if kind != "mimic as released"), "answer rows"])
 def test_generation_with_a_cache_equals_reading_again(kind):
     """Greedy, a padded batch, token by token against forwards of everything so far, one episode at a time."""
     model = tiny("qwen2_5_vl")
-    one = vector(TRAINED["mimic" if kind == "answer rows" else kind], model, size=3.0)
+    one = vector(EVERYWHERE["mimic" if kind == "answer rows" else kind], model, size=3.0)
     edits = one.edits(rows="answer" if kind == "answer rows" else None)
     prompts = model.batch([model.encode(episode) for episode in EPISODES], with_answer=False)
     said = generate(model, prompts, max_new_tokens=5, edits=edits)
@@ -500,7 +503,7 @@ def test_generation_with_a_cache_equals_reading_again(kind):
 
 def edits_of(one: InContextVector, kind: str, n: int, single: Batch) -> list[Any]:
     """The same edits; of the rows from the last of the prompt on, by hand."""
-    if kind != "answer rows":
+    if kind not in ("answer rows", "mtv"):
         return one.edits()
     begin = single.length - 1
 
@@ -510,7 +513,7 @@ def edits_of(one: InContextVector, kind: str, n: int, single: Batch) -> list[Any
 
         return dataclasses.replace(edit, fn=fn)
 
-    return [late(edit) for edit in one.edits()]
+    return [late(edit) for edit in one.edits(rows="all")]
 
 
 @pytest.mark.parametrize("kind", ["live", "mimic", "m2iv", "hificl", "mean-difference", "task-vector"])
@@ -639,7 +642,7 @@ def test_places_that_do_not_exist_are_refused():
     for heads in ([(0, 4)], [(-1, 0)], [(0, -1)], [(0, 0), (last + 1, 0)]):
         with pytest.raises(UsageError, match=f"layers 0 to {last} with heads 0 to 3; asked for"):
             inject(model, mimic, heads=heads)
-    for one in (live, vector(M2iv(), model), *(vector(method, model) for method in ONE_LAYER.values())):
+    for one in (live, *(vector(method, model) for method in (M2iv(), I2cl(), Icv(), *ONE_LAYER.values()))):
         with pytest.raises(UsageError, match="whole layers, not on single heads"):
             inject(model, one, heads=[(0, 0)])
     with pytest.raises(UsageError, match="does not act in layer 2; it does in 0"):

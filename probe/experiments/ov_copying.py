@@ -12,7 +12,8 @@ from probe.errors import UsageError
 from probe.experiments.answering import facts
 from probe.measures.ov_copying import copying_scores, token_circuit
 from probe.models.model import Model
-from probe.models.sites import AttentionSite, acting_weight, decoder_of
+from probe.models.sites import AttentionSite, decoder_of
+from probe.models.weights import acting_weight
 
 
 def ov_copying(model: Model, *, draws: int = 5, seed: int = 0) -> xr.Dataset:

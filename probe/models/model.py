@@ -17,7 +17,8 @@ from probe.errors import ProbeError, UsageError
 from probe.models.encoding import Batch, Encoding, collate, refuse_special_tokens, tokenise
 from probe.models.family import Family
 from probe.models.prompt import Message, Prompt, expand_images, render_prompt
-from probe.models.sites import AttentionSite, Axis, acting_weight, decoder_of, find_sites
+from probe.models.sites import AttentionSite, Axis, decoder_of, find_sites
+from probe.models.weights import acting_weight
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -45,14 +45,6 @@ def decoder_of(module: torch.nn.Module) -> Any:
     return decoder
 
 
-def acting_weight(projection: Any) -> torch.Tensor:
-    """What a linear module multiplies by: its weight, and what adapters of PEFT add to it."""
-    weight: torch.Tensor = projection.weight
-    for adapter in getattr(projection, "active_adapters", ()):
-        weight = weight + projection.get_delta_weight(adapter).to(weight)
-    return weight
-
-
 def find_sites(module: torch.nn.Module) -> tuple[AttentionSite, ...]:
     """All attention modules of the text stack, in the order in which they run."""
     decoder = decoder_of(module)

@@ -18,7 +18,6 @@ Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685; rank, alpha and step size as in 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from probe.errors import UsageError, did_you_mean
 from probe.models.model import Model
+from probe.models.weights import twin
 from probe.store import key
 from probe.trace.edit import Edit
 from probe.vectors.method import Objective, Parameters, Trained, turned
@@ -170,12 +170,6 @@ def layer_of(name: str) -> int | None:
     """The decoder's layer that a parameter belongs to; ``None`` outside of it."""
     first = name.partition(".")[0]
     return int(first) if first.isdecimal() else None
-
-
-def twin(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the structure that shares all weights."""
-    shared = {id(value): value for value in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
 
 
 def _as_parameter(value: Tensor, device: torch.device) -> torch.nn.Parameter:

@@ -115,7 +115,7 @@ class InContextVector:
         if heads is not None and not heads:
             raise UsageError(f"The vector {self.label} is to act in no head; name one, or leave the choice out.")
         found = self.method.edits(self.parameters, scale=scale, heads=heads)
-        self._check_layers(layers, sorted({edit.layer for edit in found}))
+        self.check_layers(layers, sorted({edit.layer for edit in found}))
         if layers is not None:
             found = [edit for edit in found if edit.layer in layers]
         chosen = rows if rows is not None else self.method.rows
@@ -141,7 +141,7 @@ class InContextVector:
             return model, self.edits(scale=scale, layers=layers, heads=heads, rows=rows)
         if heads is not None or rows not in (None, "all"):
             raise UsageError(f"{self.label} changes weights, for all heads and positions; choose layers.")
-        self._check_layers(layers, self.layers)
+        self.check_layers(layers)
         return self.method.adapted(model, self.parameters, scale=scale, layers=layers), []
 
     @property
@@ -149,9 +149,17 @@ class InContextVector:
         """Those in which it acts."""
         return self.method.acting(self.parameters)
 
-    def _check_layers(self, layers: Sequence[int] | None, there: Sequence[int]) -> None:
+    def check_layers(self, layers: Sequence[int] | None, acting: Sequence[int] | None = None) -> None:
+        """Refuse layers in which it does not act, by default in any head.
+
+        Raises
+        ------
+        UsageError
+            If there is one, or none is named.
+        """
         if layers is None:
             return
+        there = self.layers if acting is None else acting
         if not layers:
             raise UsageError(f"The vector {self.label} is to act in no layer; name one, or leave the choice out.")
         if wrong := sorted(set(layers) - set(there)):
