@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from probe.errors import UsageError
 from probe.models.load import load
@@ -138,6 +139,29 @@ def test_a_model_that_was_read_can_be_freed():
     del model
     gc.collect()
     assert module() is None
+
+
+def test_what_notes_the_attention_calls_is_gone_afterwards(model, batch):
+    """When the forward ends, when an edit fails, and when the model fails while an edit waits for its call."""
+    own = AttentionInterface.get_interface
+    edit = Edit("heads", 1, lambda value, context: value * context.attention.scale)
+    read(model, batch, edits=[edit])
+    assert AttentionInterface.get_interface is own
+    prompts = model.batch([model.encode(episode) for episode in EPISODES], with_answer=False)
+    generate(model, prompts, max_new_tokens=3, edits=[edit])
+    assert AttentionInterface.get_interface is own
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        read(model, batch, edits=[Edit("heads", 1, fail)])
+    assert AttentionInterface.get_interface is own
+    handle = model.layers[1].self_attn.q_proj.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        read(model, batch, edits=[edit])
+    handle.remove()
+    assert AttentionInterface.get_interface is own
 
 
 def test_two_models_of_one_module_agree(model, batch):

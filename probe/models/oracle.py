@@ -1,9 +1,9 @@
 """A second way to see a model's attention, which shares nothing with the first: for certification and tests.
 
-:mod:`probe.trace` reads the arguments of the attention call through nnsight. Here the call itself is replaced, through
-the registry of attention functions that transformers offers, by one that shows its arguments to an observer and then
-runs the very kernel that the model would have run. The masks have to be registered too: without that transformers
-would hand over none, and say nothing.
+:mod:`probe.trace` notes the arguments of the attention call where the model looks up its kernel. Here the call itself
+is replaced, through the registry of attention functions that transformers offers, by one that shows its arguments to an
+observer and then runs the very kernel that the model would have run. The masks have to be registered too: without that
+transformers would hand over none, and say nothing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Read a forward: hand each layer's values to a reducer while the model runs, and keep only what it returns.
 
-The model's own attention kernel is untouched: q, k, v, mask and scale are taken from the arguments of the call that the
-model makes, and the heads' outputs from the input of the output projection. So recording does not change a single bit
-of the logits.
+The model's own attention kernel is untouched: q, k, v, mask and scale are the arguments of the call that the model
+makes (:func:`noted_calls`), and the heads' outputs the input of the output projection. So recording does not change a
+single bit of the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from nnsight import NNsight
 from torch import Tensor
+from transformers import AttentionInterface
 
 from probe.errors import UsageError, did_you_mean
 from probe.models.encoding import Batch
@@ -85,6 +87,9 @@ _OUTPUTS: tuple[Output, ...] = get_args(Output)
 _EDITED: tuple[Edited, ...] = ("heads", *_OUTPUTS)
 _SITES: tuple[Site, ...] = ("residual", "attention", *_EDITED)
 
+Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+"""An attention module, and what else it called its kernel with."""
+
 # By model and not by module: a wrapper holds its module, which would then never be freed.
 _wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 
@@ -97,20 +102,33 @@ def wrap(model: Model) -> Any:
     return found
 
 
-def attention_call(attention: Any) -> Any:
-    """The operation inside an attention module's forward that runs the kernel.
+@contextmanager
+def noted_calls(attention: torch.nn.Module) -> Iterator[list[Call]]:
+    """Note what an attention module calls its kernel with.
 
-    Its name is bound to the version of nnsight: of the lines that mention ``attention_interface``, the last is the
-    call.
+    Every family asks transformers for its kernel at each call. In the meantime it gets the same kernel behind a
+    function that notes the arguments. (nnsight gives them too, as ``source``; but then every operation of the module
+    passes through it, in this forward and, traced or not, in all later ones.)
     """
-    source = attention.source
-    names = [name for name in source.names if name.startswith("attention_interface_")]
-    if not names:
-        raise RuntimeError(
-            f"No attention call was found in {type(attention._module).__name__}.forward; probe is tested with nnsight "
-            "0.8 and transformers 5, see constraints.txt."
-        )
-    return getattr(source, names[-1])
+    noted: list[Call] = []
+    registry: Any = AttentionInterface
+    own = registry.get_interface
+
+    def get_interface(*asked: Any, **named: Any) -> Callable[..., Any]:
+        kernel = own(*asked, **named)
+
+        def run(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+            if module is attention:
+                noted.append((module, arguments, options))
+            return kernel(module, *arguments, **options)
+
+        return run
+
+    registry.get_interface = get_interface
+    try:
+        yield noted
+    finally:
+        registry.get_interface = own
 
 
 def read(
@@ -233,17 +251,14 @@ def visit(
     found: dict[str, Any] = {}
     if "residual" in wanted:
         found["residual"] = block.input
-    call = None
-    if "attention" in wanted or "heads" in own:
-        call = describe(site, *attention_call(attention).inputs)
+    if "attention" in wanted or "heads" in wanted or "heads" in own:
+        call, heads = follow(site, attention)
         found["attention"] = call if "attention" in wanted else None
-    if "heads" in wanted or "heads" in own:
-        heads = attention.o_proj.input.unflatten(2, (model.n_heads, -1))
         found["heads"] = heads if "heads" in wanted else None
         for edit in own.get("heads", ()):
             heads = edit.fn(heads, Context(batch, edit.layer, call, step))
         if "heads" in own:
-            attention.o_proj.input = heads.flatten(2)
+            attention.o_proj.inputs = (heads.flatten(2),), {}  # as `input`, nnsight would read it once more
     for name in _OUTPUTS:
         if name in wanted or name in own:
             module = attention.o_proj if name == "attention_output" else block.mlp if name == "mlp_output" else block
@@ -257,9 +272,22 @@ def visit(
     return LayerValues(site.layer, site.axis, batch, **found)
 
 
-def describe(site: AttentionSite, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
+def follow(site: AttentionSite, attention: Any) -> tuple[Attention, Tensor]:
+    """A running module's call of its kernel, and its heads' outputs, ``[batch, position, head, head_dim]``."""
+    with noted_calls(attention._module) as noted:
+        (merged,), _ = attention.o_proj.inputs
+    if not noted:
+        raise RuntimeError(
+            f"No attention call was seen in {type(attention._module).__name__}.forward; probe is tested with "
+            "transformers 5, see constraints.txt."
+        )
+    call = describe(site, *noted[-1])
+    return call, merged.unflatten(2, (call.q.shape[1], -1))
+
+
+def describe(site: AttentionSite, module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Attention:
     """The arguments of the attention call, by name."""
-    module, q, k, v, mask, *_ = arguments
+    q, k, v, mask, *_ = arguments
     # As transformers decides it: a kernel without a mask is causal, unless it decodes a single position.
     causal = mask is None and q.shape[2] > 1 and bool(getattr(module, "is_causal", True))
     return Attention(site.layer, site.axis, q, k, v, mask, float(options["scaling"]), causal)

@@ -98,12 +98,14 @@ class Hificl(Trained):
     def _edit(self, layer: int, k: Tensor, v: Tensor, factor: Tensor) -> Edit:
         def fn(value: Tensor, context: Context) -> Tensor:
             at, own = context.attention, widen(value)
-            logits = at.scale * torch.einsum("bhnd,hpd->bnhp", widen(at.q), k.to(own))
-            log_z2 = log_partition(at.q, at.k, at.mask, at.scale, at.causal).transpose(1, 2)
+            q = widen(at.q)
+            logits = at.scale * (q @ k.to(own).mT)  # [batch, head, position, pair]
+            log_z2 = log_partition(q, at.k, at.mask, at.scale, at.causal)
             total = torch.logaddexp(logits.logsumexp(-1), log_z2)
-            added = torch.einsum("bnhp,hpd->bnhd", (logits - total[..., None]).exp(), v.to(own))
-            taken = (-(log_z2 - total).expm1())[..., None] * own if self.merge else 0
-            return (own + factor.to(own)[:, None] * (added - taken)).to(value.dtype)
+            change = ((logits - total[..., None]).exp() @ v.to(own)).transpose(1, 2)
+            if self.merge:
+                change = change + (log_z2 - total).expm1().transpose(1, 2)[..., None] * own  # alpha - 1
+            return (own + factor.to(own)[:, None] * change).to(value.dtype)
 
         return Edit("heads", layer, fn)
 

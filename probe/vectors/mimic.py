@@ -111,23 +111,24 @@ class Mimic(Trained):
 
     def _edit(self, layer: int, parameters: Parameters, factor: Tensor) -> Edit:
         v = factor[:, None].to(parameters["v"]) * parameters["v"][layer]
-        learned = None if self.size == "constant" else (parameters["w"][layer], parameters["b"][layer])
+        learned = None
+        if self.size != "constant":
+            learned = parameters["w"][layer][:, None], parameters["b"][layer][..., None]
 
         def fn(value: Tensor, context: Context) -> Tensor:
             shift = v.to(value.device)
             if learned is not None:
-                shift = self._mu(context.attention, *learned)[..., None] * shift
+                shift = self._mu(context.attention, *learned).transpose(1, 2)[..., None] * shift
             return (widen(value) + shift).to(value.dtype)
 
         return Edit("heads", layer, fn)
 
     def _mu(self, at: Attention, w: Tensor, b: Tensor) -> Tensor:
-        """``[batch, position, head]``; one for all heads if shared."""
+        """``[batch, head, position]``; one for all heads if shared."""
         q = widen(at.q)
-        w, b = w.to(q), b.to(q)
-        logit = (q * w[:, None]).sum(-1).transpose(1, 2)
+        logit = (q * w.to(q)).sum(-1)
         mask, causal = (None, False) if self.released else (at.mask, at.causal)
-        log_z2 = log_partition(at.q, at.k, mask, at.scale, causal).transpose(1, 2)
+        log_z2 = log_partition(q, at.k, mask, at.scale, causal)
         if self.size == "shared":
-            logit, log_z2 = logit.sum(-1, keepdim=True), log_z2.mean(-1, keepdim=True)
-        return torch.sigmoid(logit + b - log_z2)
+            logit, log_z2 = logit.sum(1, keepdim=True), log_z2.mean(1, keepdim=True)
+        return torch.sigmoid(logit + b.to(q) - log_z2)
