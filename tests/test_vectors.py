@@ -84,7 +84,7 @@ def exact(name: str) -> Model:
     module = made.module.double()
     for part in module.modules():
         if type(part).__name__.endswith("RMSNorm"):
-            part.forward = _norm(part, 1.0 if name == "gemma3" else 0.0)
+            part.forward = _norm(part, 1.0 if name in ("gemma3", "paligemma") else 0.0)
     return load(module, processor=made.processor)
 
 
@@ -435,11 +435,34 @@ def test_a_later_token_does_not_reach_back(name):
             assert torch.equal(one[:-1], two[:-1]), kind
 
 
-def positioned(model: Model, batch: Batch) -> Batch:
-    """Counted from the first token that is no padding: rotary embeddings of other positions are others to rounding."""
-    counted = (batch.inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    given = {**batch.inputs, "position_ids": counted.expand(model.positions(batch).shape)}
-    return dataclasses.replace(batch, inputs=given)
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_queries_are_the_same_alone_padded_and_generated(name, images):
+    """Behind the rotary embedding, which tells absolute positions to whatever reads them; to 1e-13 in float64."""
+    model = exact(name)
+    episodes = [make_episode(shots, seed=shots + 2, images=images) for shots in (1, 3)]
+    if name == CROSSING and images:  # whose batches want equally many images
+        episodes[0] = make_episode(3, seed=7, images=1)
+        episodes[0] = dataclasses.replace(episodes[0], query=dataclasses.replace(episodes[0].query, question="Which?"))
+    batch, single = (batch_of(model, some, with_answer=False) for some in (episodes, episodes[:1]))
+    assert batch.pads[0] > 0
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    def note(where: str) -> list[Any]:
+        def fn(value: Tensor, context: Any) -> Tensor:
+            seen[where, context.step] = context.attention.q[0, :, -3:].clone()
+            return value
+
+        return [probe.trace.edit.Edit("heads", 0, fn)]
+
+    for where, given in (("padded", batch), ("alone", single)):
+        read(model, given, edits=note(f"{where}, read"))
+        generate(model, given, max_new_tokens=3, stop=False, edits=note(f"{where}, generated"))
+    for step in range(3):
+        assert moved(seen["padded, generated", step], seen["alone, generated", step]) < 1e-13
+    for where in ("padded", "alone"):
+        assert moved(seen[f"{where}, read", 0], seen["alone, generated", 0]) < 1e-13
+    assert moved(seen["alone, generated", 1], seen["alone, generated", 0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -449,7 +472,7 @@ def test_padding_does_not_matter(name):
     episodes = [make_episode(shots, seed=shots + 2, images=0) for shots in (1, 3)]
     batch = batch_of(model, episodes)
     assert batch.pads[0] > 10
-    batch, alone_ = (positioned(model, each) for each in (batch, batch_of(model, episodes[:1])))
+    alone_ = batch_of(model, episodes[:1])
     for kind, method in EVERYWHERE.items():
         edits = vector(method, model).edits()
         padded, plain = (read(model, each, edits=edits).logits[0] for each in (batch, alone_))

@@ -305,12 +305,22 @@ class Model:
         """
         return self.family.positions(self, batch)
 
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What a forward of a batch is given: with positions that do not count padding, as generation has them.
+
+        Most families count it in a plain forward. To the model that is the same but for rounding, since rotary
+        embeddings are relative; to what reads its queries, such as a vector that is sized by them, it is not.
+        """
+        if not any(batch.pads) or "position_ids" in batch.inputs:
+            return batch.inputs
+        return {**batch.inputs, "position_ids": self.positions(batch)}
+
     # --------------------------------------------------------------------------------------------------------- answers
 
     def logits(self, batch: Batch, *, logits_to_keep: int = 1) -> torch.Tensor:
         """What the model predicts at the last positions of a batch, ``[batch, kept positions, vocabulary]``."""
         with torch.no_grad():
-            out = self.module(**batch.inputs, logits_to_keep=logits_to_keep, use_cache=False)
+            out = self.module(**self.inputs(batch), logits_to_keep=logits_to_keep, use_cache=False)
         return cast(torch.Tensor, out.logits)
 
     def generate(self, batch: Batch, *, max_new_tokens: int, num_beams: int = 1, stop: bool = True) -> list[str]:

@@ -185,7 +185,7 @@ def read(
     reducer = cast(Reducer, reduce)  # there is one wherever a layer was chosen: both come with sites
     edited = edits_by_place(model, batch, edits)
     wrapped = wrap(model)
-    inputs = {**batch.inputs, "logits_to_keep": logits_to_keep, "use_cache": False}
+    inputs = {**model.inputs(batch), "logits_to_keep": logits_to_keep, "use_cache": False}
     with torch.set_grad_enabled(gradients):
         with wrapped.trace(**inputs):
             collected = {}.save()

@@ -1,9 +1,9 @@
 """PaliGemma: a prefix that sees itself in both directions, then an answer that is causal.
 
 What is special: the forward needs ``token_type_ids``, which say where the answer begins; without them the whole text is
-causal, and with the answer in the prefix the row that predicts it would see it. The model was not trained on several
-images or questions: its own format for one is repeated for every demonstration. PaliGemma 2 squashes its attention
-scores (softcapping), which no kernel here does; it is refused.
+causal, and with the answer in the prefix the row that predicts it would see it. Positions begin with 1. The model was
+not trained on several images or questions: its own format for one is repeated for every demonstration. PaliGemma 2
+squashes its attention scores (softcapping), which no kernel here does; it is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from probe.models.encoding import Batch, ImageTokens, grid_places
-from probe.models.family import Family, Images
+from probe.models.family import Family, Images, running_positions
 
 if TYPE_CHECKING:
     from probe.models.model import Model
@@ -38,6 +38,11 @@ def finish(model: Model, batch: Batch) -> dict[str, Tensor]:
     return {"token_type_ids": kinds}
 
 
+def positions(model: Model, batch: Batch) -> Tensor:
+    """The first is 1."""
+    return running_positions(model, batch) + 1
+
+
 PALIGEMMA = Family(
     name="PaliGemma",
     model_type="paligemma",
@@ -47,6 +52,7 @@ PALIGEMMA = Family(
     placeholder="<image>",
     process_images=process_images,
     finish=finish,
+    positions=positions,
     prompt="pair",
     aliases={"paligemma": "google/paligemma-3b-mix-224"},
 )
