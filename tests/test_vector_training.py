@@ -574,7 +574,16 @@ def test_validation_is_the_mean_over_its_episodes():
     method, parameters = Live(), drawn(Live())
     student = method.student(model(), parameters)
     found = [
-        module._validate(student, lessons, teacher, method.objective, Training(batch_size=size)) for size in (1, 3)
+        module._validate(
+            student,
+            dict(enumerate(lessons)),
+            3,
+            teacher,
+            method.objective,
+            Training(batch_size=size),
+            module.Processes(),
+        )
+        for size in (1, 3)
     ]
     each = [
         float(losses_of(student(), [lesson], teacher, method.objective, gradients=False)["loss"]) for lesson in lessons

@@ -185,6 +185,15 @@ class Objective:
         if self.reduction not in ("mean", "sum"):
             raise UsageError(f"There is no reduction {self.reduction!r}; choose mean or sum.")
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of those with a weight."""
+        return tuple(name for name in ("kl", "ce", "align", "synergy") if getattr(self, name))
+
+    def weigh(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of terms."""
+        return torch.stack([getattr(self, name) * value for name, value in values.items()]).sum()
+
 
 @dataclass(frozen=True)
 class Trained(Method):

@@ -31,6 +31,7 @@ from probe.trace.read import LayerValues, read
 from probe.trace.steer import check_plain
 from probe.vectors import losses
 from probe.vectors.method import Method, Objective, Trained
+from probe.vectors.parallel import Processes
 from probe.vectors.teacher import Lesson, Teacher, flat_places, stack
 from probe.vectors.vector import InContextVector, model_facts
 
@@ -146,7 +147,8 @@ def train(
     check_plain(model)
     check_gradients(model)
     method.check(model)
-    options, objective = training or Training(), method.objective
+    options, objective, processes = training or Training(), method.objective, Processes.now()
+    processes.check(objective)
     learn, validate = split(episodes, options)
     teacher = teacher or Teacher(model)
     if (teacher.model.fingerprint, teacher.model.chat_template) != (model.fingerprint, model.chat_template):
@@ -162,30 +164,31 @@ def train(
         part: options.speed * method.step_size(part) for part in method.start(model, torch.Generator())
     }
     name = key({"method": method.name, "options": asdict(method), **card})
-    state = _State.start(method, model, options, name, begin)
+    state = _State.start(method, model, options, name, begin, processes)
     site = objective.align_site if objective.align else None
-    lessons = teacher.lessons(learn, site, batch_size=options.batch_size)
-    checks = teacher.lessons(validate, site, batch_size=options.batch_size)
+    lessons = processes.lessons(teacher, learn, site, options.batch_size)
+    checks = processes.lessons(teacher, validate, site, options.batch_size)
     if directory is not None:
         state.resume(Path(directory) / STATE)
-    n_batches = math.ceil(len(lessons) / options.batch_size)
+    n_batches = math.ceil(len(learn) / options.batch_size)
     fixed = method.extract(model, learn, options.batch_size)
     there = {part: value.to(model.device) for part, value in fixed.items()}
     student = method.student(model, {**there, **state.parameters})
     with frozen(model.module):
         while state.epoch < options.epochs and not state.exhausted(options.patience):
-            order = np.random.default_rng((options.seed, state.epoch)).permutation(len(lessons))
+            order = np.random.default_rng((options.seed, state.epoch)).permutation(len(learn))
             sums: dict[str, float] = {}
             for number in range(n_batches):
                 chosen = order[number * options.batch_size : (number + 1) * options.batch_size]
-                terms = losses_of(student(), [lessons[i] for i in chosen], teacher, objective)
+                own = [lessons[i] for i in chosen if i in lessons]
+                terms = _shared(student, own, teacher, objective, processes)
                 state.step(terms["loss"], state.epoch * n_batches + number, options.epochs * n_batches, options)
                 for term, value in terms.items():
-                    sums[term] = sums.get(term, 0.0) + float(value.detach()) / n_batches
+                    sums[term] = sums.get(term, 0.0) + float(processes.sum(value.detach())) / n_batches
                 if progress:
                     progress(state.epoch * n_batches + number + 1, options.epochs * n_batches)
-            state.end_epoch(sums, _validate(student, checks, teacher, objective, options))
-            if directory is not None:
+            state.end_epoch(sums, _validate(student, checks, len(validate), teacher, objective, options, processes))
+            if directory is not None and processes.rank == 0:
                 state.save(Path(directory) / STATE)
     return InContextVector(
         method, {**fixed, **state.best}, {**card, "curve": state.curve, "best_epoch": state.best_epoch}
@@ -194,21 +197,46 @@ def train(
 
 def _validate(
     student: Callable[[], Model],
-    lessons: Sequence[Lesson],
+    lessons: Mapping[int, Lesson],
+    n: int,
     teacher: Teacher,
     objective: Objective,
     options: Training,
+    processes: Processes,
 ) -> float | None:
-    """Mean loss over lessons; ``None`` if there are none."""
-    if not lessons:
+    """Mean loss over n lessons, of which this process has its own; ``None`` if there are none."""
+    if not n:
         return None
     total = 0.0
     with torch.no_grad():
-        for start in range(0, len(lessons), options.batch_size):
-            part = lessons[start : start + options.batch_size]
-            terms = losses_of(student(), part, teacher, objective, gradients=False)
-            total += float(terms["loss"]) * len(part)
-    return total / len(lessons)
+        for start in range(0, n, options.batch_size):
+            part = range(start, min(n, start + options.batch_size))
+            own = [lessons[i] for i in part if i in lessons]
+            terms = _shared(student, own, teacher, objective, processes, gradients=False)
+            total += float(processes.sum(terms["loss"])) * len(part)
+    return total / n
+
+
+def _shared(
+    student: Callable[[], Model],
+    lessons: Sequence[Lesson],
+    teacher: Teacher,
+    objective: Objective,
+    processes: Processes,
+    *,
+    gradients: bool = True,
+) -> dict[str, Tensor]:
+    """What one process has to add to the terms of a batch's loss; those of all processes add up to them."""
+    rows = sum(len(lesson.logits) - objective.released for lesson in lessons)
+    own = torch.tensor([len(lessons), rows], dtype=torch.float64, device=teacher.model.device)
+    episodes, positions = (own / processes.sum(own.clone())).tolist()
+    if not lessons:
+        nothing = torch.zeros((), device=teacher.model.device)
+        return {name: nothing.clone() for name in (*objective.terms, "loss")}
+    terms = losses_of(student(), lessons, teacher, objective, gradients=gradients)
+    del terms["loss"]
+    parts = {name: value * (positions if name == "kl" else episodes) for name, value in terms.items()}
+    return {**parts, "loss": objective.weigh(parts)}
 
 
 def losses_of(
@@ -245,8 +273,7 @@ def losses_of(
         terms["align"] = losses.distance(stacked[objective.align_site], wanted, lengths, objective.reduction)
     if objective.synergy:
         terms["synergy"] = losses.synergy(stacked["attention_output"], stacked["mlp_output"], objective.off_diagonal)
-    weights = asdict(objective)
-    return {**terms, "loss": torch.stack([weights[name] * value for name, value in terms.items()]).sum()}
+    return {**terms, "loss": objective.weigh(terms)}
 
 
 def _distil(student: Sequence[Tensor], teacher: Sequence[Tensor], objective: Objective) -> Tensor:
@@ -279,8 +306,11 @@ def check_finite(value: float, what: str) -> None:
 class _State:
     """Where a training stands."""
 
-    def __init__(self, name: str, parameters: dict[str, Tensor], optimiser: torch.optim.AdamW) -> None:
+    def __init__(
+        self, name: str, parameters: dict[str, Tensor], optimiser: torch.optim.AdamW, processes: Processes
+    ) -> None:
         self.name = name
+        self.processes = processes
         self.parameters = parameters
         self.optimiser = optimiser
         self.epoch = 0
@@ -290,7 +320,13 @@ class _State:
 
     @classmethod
     def start(
-        cls, method: Trained, model: Model, options: Training, name: str, begin: InContextVector | None
+        cls,
+        method: Trained,
+        model: Model,
+        options: Training,
+        name: str,
+        begin: InContextVector | None,
+        processes: Processes,
     ) -> _State:
         """Before the first step."""
         values = method.start(model, torch.Generator().manual_seed(options.seed))
@@ -308,13 +344,15 @@ class _State:
         optimiser = torch.optim.AdamW(groups)
         for group in optimiser.param_groups:
             group["full"] = group["lr"]
-        return cls(name, dict(parameters), optimiser)
+        return cls(name, dict(parameters), optimiser, processes)
 
     def step(self, loss: Tensor, number: int, total: int, options: Training) -> None:
         """One step down."""
-        check_finite(float(loss.detach()), f"The loss is not finite in step {number + 1}")
+        check_finite(float(self.processes.sum(loss.detach().clone())), f"The loss is not finite in step {number + 1}")
         self.optimiser.zero_grad()
-        loss.backward()
+        if loss.requires_grad or self.processes.size == 1:  # else the whole batch is read by others
+            loss.backward()
+        self.processes.sum_gradients(self.parameters.values())
         size = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip)
         check_finite(float(size), f"The gradient is not finite in step {number + 1}")
         rise = max(1, round(options.warm_up * total))
