@@ -50,9 +50,9 @@ def train(
         probe vector train --seeds 0,1,2 --shots 2,8 --sizes 40,160,320
         probe vector train --method mimic,mimic:size=shared,live:kl=0
 
-    Virtual keys and values in every head, and the baseline in weight space, without a teacher:
+    Without a teacher: virtual keys and values in every head, states behind examples, and the baseline in weight space:
 
-        probe vector train --method hificl,lora
+        probe vector train --method hificl,i2cl,lora
 
     Parameters
     ----------
@@ -63,12 +63,12 @@ def train(
     several
         How many in one go.
     method
-        live, mimic, m2iv, hificl, lora; several with commas. Options stand behind colons:
+        live, mimic, m2iv, hificl, i2cl, lora; several with commas. Options stand behind colons:
         live:site=mlp_output:alpha=0.1:kl=1:ce=0.5,
         mimic:size=head|shared|constant:align_site=mlp_output|attention_output|layer_output:align=1:ce=0.5:kl=0,
         m2iv:kl=1:synergy=0.1:ce=0.5:off_diagonal=0.005, hificl:pairs=8:rank_k=8:rank_v=8:merge=true:kl=0,
-        lora:rank=16:alpha=32:where=text|everywhere:kl=0. With released=true, live and mimic train as their released
-        codes do. What `probe vector fit` finds can be found along with them.
+        i2cl:strength=0.1, lora:rank=16:alpha=32:where=text|everywhere:kl=0. With released=true, live and mimic train as
+        their released codes do. What `probe vector fit` finds can be found along with them.
     out
         The run directory; the default is a name under probe-runs/ made from the settings.
     json
@@ -95,11 +95,14 @@ def fit(
     `fitted-shift` fits to every head the shift of its attention: its direction by least squares, its size by ridge
     regression on the query. In one layer, at the position that predicts the answer: `mean-difference` adds what
     demonstrations change there on average, `task-vector` (TV) puts the mean state with demonstrations in its place, and
-    `function-vector` (FV) adds what the heads with the largest causal effects write on average. FV takes one forward of
-    25 prompts for every head of the model, and has to be asked for.
+    `function-vector` (FV) adds what the heads with the largest causal effects write on average. `icv` turns the outputs
+    of all MLPs towards what demonstrations change in all layers, and `mtv` lets some heads write their mean.
+
+    FV takes one forward of 25 prompts for every head of the model, and MTV 600 forwards of 32; they have to be asked
+    for.
 
         probe vector fit --task operator:3
-        probe vector fit --task operator:3 --method function-vector:heads=10
+        probe vector fit --task operator:3 --method function-vector:heads=10,icv,mtv
 
     Parameters
     ----------
@@ -110,8 +113,9 @@ def fit(
     several
         How many in one go.
     method
-        fitted-shift, mean-difference, task-vector, function-vector; several with commas, options behind colons
-        (mean-difference:layer=2, function-vector:heads=10:prompts=25).
+        fitted-shift, mean-difference, task-vector, function-vector, icv, mtv; several with commas, options behind
+        colons (mean-difference:layer=2, function-vector:heads=10:prompts=25, icv:strength=0.1,
+        mtv:steps=600:samples=32).
     out
         The run directory; the default is a name under probe-runs/ made from the settings.
     json

@@ -49,7 +49,7 @@ class Learning:
         Episodes in one step.
     speed
         Factor on the step sizes that were published for models of billions of parameters; the bundled one needs about
-        20 for live and 4 for the others.
+        20 for live and i2cl and 4 for the others.
     patience
         Epochs without a better validation after which training stops; 0 never stops early.
     validation
@@ -93,7 +93,7 @@ class Several:
     seeds: str = "0"
 
 
-SPEED = {"live": 20.0, "mimic": 4.0, "m2iv": 4.0, "hificl": 4.0, "lora": 4.0}
+SPEED = {"live": 20.0, "mimic": 4.0, "m2iv": 4.0, "hificl": 4.0, "i2cl": 20.0, "lora": 4.0}
 """What the bundled models need, whose states are small and few."""
 
 

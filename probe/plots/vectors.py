@@ -26,6 +26,9 @@ COLOURS = {
     "lora": "#7a5c3a",
     "task-vector": "#332288",
     "function-vector": "#44aa99",
+    "i2cl": "#999933",
+    "icv": "#117733",
+    "mtv": "#aa4499",
 }
 """Of each method, the same in all figures; :data:`SKY` of any other."""
 
