@@ -3,8 +3,9 @@
     python analyses/bench_vectors.py [--rounds 30]
 
 Answering: time to the first token and of each further one, in batches of 16 queries of the bundled model, as ratios to
-zero-shot; beside it the same for a random model of 28 layers, and eight demonstrations. Asked for at toy size: 1.15
-times to the first token, 1.4 times for each further one. Training: one step of MimIC (forward, losses, backward, AdamW)
+zero-shot; beside it the same for a random model of 28 layers, and eight demonstrations. Asked for at toy size of LIVE,
+MimIC and M²IV-style: 1.15 times to the first token, 1.4 times for each further one; HiFICL, LoRA and an M²IV-style
+vector merged into biases stand beside them. Training: one step of MimIC (forward, losses, backward, AdamW)
 through nnsight and with plain torch hooks, on the same lessons; asked for: 1.3 times. Rounds are interleaved and a
 ratio is taken within each; printed are medians with 95 % intervals from the order statistics.
 """
@@ -27,8 +28,11 @@ from probe.experiments.vector_cost import vector_cost
 from probe.experiments.ways import FEW, ZERO, Way
 from probe.stats import median_interval
 from probe.trace.gradients import frozen
+from probe.vectors.hificl import Hificl
 from probe.vectors.live import Live
+from probe.vectors.lora import Lora
 from probe.vectors.m2iv import M2iv
+from probe.vectors.merge import merge
 from probe.vectors.mimic import Mimic
 from probe.vectors.teacher import Teacher
 from probe.vectors.training import losses_of
@@ -36,6 +40,15 @@ from probe.vectors.vector import InContextVector
 
 FIRST, PER_TOKEN, STEP = 1.15, 1.4, 1.3
 METHODS = {"LIVE": Live(), "MimIC": Mimic(), "M²IV-style": M2iv()}
+OTHERS = {"HiFICL": Hificl(), "LoRA": Lora()}
+
+
+class Merged(Way):
+    """A vector that has become part of the weights."""
+
+    def put_into(self, model: probe.Model) -> probe.Model:
+        assert isinstance(self.vector, InContextVector)
+        return merge(model, self.vector)
 
 
 def deep_model() -> probe.Model:
@@ -59,16 +72,17 @@ def answering(model: probe.Model, rounds: int) -> None:
     episodes = probe.synthetic_episodes("operator:3", shots=8, n=16, seed=1)
     generator = torch.Generator().manual_seed(0)
     ways = [Way(ZERO, kind=ZERO), Way(FEW, shown=True, kind=FEW)]
-    for name, method in METHODS.items():
+    for name, method in {**METHODS, **OTHERS}.items():
         ways.append(Way(name, InContextVector(method, method.start(model, generator))))
+    ways.append(Merged("M²IV-style, merged", InContextVector(M2iv(), M2iv().start(model, generator))))
     result = vector_cost(model, episodes, ways, rounds=rounds)
     print(f"\n{model.name}: answering, batches of 16, zero-shot = 1")
     for way in result["way"].values.tolist()[1:]:
         texts = []
         for part, bar in (("first", FIRST), ("per_token", PER_TOKEN)):
             ratios = (result[part].sel(way=way) / result[part].sel(way=ZERO)).values
-            texts.append(f"{part} {judge(ratios, bar if way != FEW and model.name == 'toy' else None)}")
-        print(f"{way:12} " + "   ".join(texts))
+            texts.append(f"{part} {judge(ratios, bar if way in METHODS and model.name == 'toy' else None)}")
+        print(f"{way:18} " + "   ".join(texts))
 
 
 def judge(ratios: np.ndarray, bar: float | None) -> str:
