@@ -180,7 +180,7 @@ def test_the_residual_stream_is_what_enters_each_block(model):
         for site in model.sites
     ]
     with torch.no_grad():
-        model.module(**batch.inputs, use_cache=False)
+        model.module(**model.inputs(batch), use_cache=False)
     for handle in handles:
         handle.remove()
     reading = read(model, batch, ("residual",), lambda values: {"r": values.residual})
@@ -287,7 +287,7 @@ def test_the_answer_does_not_leak_into_the_prefix_of_paligemma():
     for episode in (EPISODES[0], dataclasses.replace(EPISODES[0], query=other)):
         encoding = model.encode(episode)
         batch = model.batch([encoding])
-        logits = model.module(**batch.inputs, use_cache=False).logits
+        logits = model.module(**model.inputs(batch), use_cache=False).logits
         rows.append(logits[0, encoding.n_prompt - 1])
     torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-4)
 
@@ -354,7 +354,7 @@ def test_contribution_is_what_is_added_where_a_norm_follows():
             ),
         ]
         with torch.no_grad():
-            model.module(**batch.inputs, use_cache=False)
+            model.module(**model.inputs(batch), use_cache=False)
         for handle in handles:
             handle.remove()
         heads = seen["heads"][:, at[0]].unflatten(2, (model.n_heads, -1)).transpose(1, 2)
@@ -397,7 +397,7 @@ def test_contribution_behind_a_norm_equals_a_plain_loop():
 
     seen: list[int] = []
     with observed(model, compare), torch.no_grad():
-        model.module(**batch.inputs, use_cache=False)
+        model.module(**model.inputs(batch), use_cache=False)
     assert seen == list(range(model.n_layers))
 
 

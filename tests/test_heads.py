@@ -123,7 +123,7 @@ def test_scores_equal_a_naive_loop(model, kind):
                 seen[site.layer] = naive_attention(q, k, mask, scale, at, causal=True)[0, :, 0]
 
         with observed(shown, look), torch.no_grad():
-            shown.module(**batch.inputs, use_cache=False)
+            shown.module(**shown.inputs(batch), use_cache=False)
         for layer, values in read(shown, batch, ("heads",), lambda v: {"z": v.heads}).layers.items():
             written[layer] = values["z"][0, encoding.n_prompt - 1]
         first = [int(encoding.ids[token_map.answer[0]])]

@@ -34,7 +34,7 @@ def naive(model: Model, episode: Episode, answer: str) -> tuple[float, int]:
     encoding = model.encode(replace(episode, query=replace(episode.query, answers=(answer,))))
     batch = model.batch([encoding])
     with torch.no_grad():
-        logits = model.module(**batch.inputs).logits[0].double()
+        logits = model.module(**model.inputs(batch)).logits[0].double()
     total = 0.0
     for position in encoding.token_map.answer.tolist():
         scores = logits[position - 1]

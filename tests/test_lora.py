@@ -22,9 +22,12 @@ from probe.experiments.ways import ways_for
 from probe.models.load import load
 from probe.models.model import Model
 from probe.models.sites import find_sites
+from probe.models.weights import acting_weight
 from probe.trace.gradients import frozen
 from probe.trace.read import read
 from probe.trace.steer import Steered, inject
+from probe.vectors.hificl import Hificl
+from probe.vectors.i2cl import I2cl
 from probe.vectors.live import Live
 from probe.vectors.lora import PROJECTIONS, Lora, layer_of
 from probe.vectors.random import random_like
@@ -32,7 +35,7 @@ from probe.vectors.teacher import Teacher
 from probe.vectors.training import Training, losses_of
 from probe.vectors.vector import InContextVector, model_facts
 from tests.test_vectors import EPISODES, batch_of, moved, tiny, vector
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import FAMILIES, build
 from tests.tiny_qwen import make_episode, make_module, make_processor
 
 
@@ -65,6 +68,12 @@ def plain() -> Model:
     """One that nothing was ever put into."""
     processor = make_processor()
     return load(make_module(processor), processor=processor)
+
+
+@cache
+def plain_of(name: str) -> Model:
+    made = build(name)
+    return load(made.module, processor=made.processor)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -138,6 +147,39 @@ def test_the_given_model_stays_as_it_is_and_lends_its_weights():
     assert twin.fingerprint != model.fingerprint
     assert twin.fingerprint == inject(model, one).plain.fingerprint  # type: ignore[union-attr]
     assert twin.fingerprint != inject(model, one, scale=2.0).plain.fingerprint  # type: ignore[union-attr]
+
+
+def test_putting_it_in_draws_nothing():
+    model, one = plain(), adapter(Lora(rank=2), plain())
+    state = torch.random.get_rng_state()
+    inject(model, one)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_layers_of_cross_attention_are_layers_too():
+    """Everywhere; in the text alone they have none."""
+    model = tiny("mllama")
+    batch = batch_of(model, [make_episode(2, seed=4)])
+    one = adapter(Lora(rank=4, alpha=64.0, where="everywhere"), model)
+    assert one.layers == list(range(model.n_layers))
+    assert "1.vision.q_proj.A" in one.parameters
+    assert adapter(Lora(rank=4), model).layers == [0, 2, 3, 5]
+    found = inject(model, one, layers=[1]).logits(batch)
+    assert moved(found, merged(model, one, layers=[1]).logits(batch)) < 1e-4
+    assert moved(found, model.logits(batch)) > 1e-3
+
+
+def test_adapters_that_are_off_or_in_the_weight_add_nothing():
+    model = tiny("qwen2_5_vl")
+    part = inject(model, adapter(Lora(rank=4), model)).plain.layers[0].self_attn.q_proj  # type: ignore[union-attr]
+    own, changed = part.base_layer.weight.detach().clone(), acting_weight(part).detach()
+    assert moved(own, changed) > 1e-3
+    part.enable_adapters(False)
+    assert torch.equal(acting_weight(part), own)
+    part.enable_adapters(True)
+    part.base_layer.weight = torch.nn.Parameter(own.clone())  # not the one that is shared
+    part.merge()
+    assert moved(acting_weight(part).detach(), changed) < 1e-6
 
 
 def test_what_is_read_off_weights_is_read_off_these():
@@ -224,6 +266,35 @@ def test_training_lowers_the_loss_and_touches_nothing_else():
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
     again = Lora(rank=4).fit(model, episodes, training=training)
     assert all(torch.equal(value, again.parameters[name]) for name, value in found.parameters.items())
+
+
+def test_adapters_that_nothing_went_through_are_trained_on_where_they_were(tmp_path):
+    """Those of the vision tower, of episodes without pictures: resumed to the same bits."""
+    model = plain_of("llava")
+    episodes = [make_episode(1, seed=seed, images=0) for seed in range(3, 9)]
+    training = Training(epochs=2, batch_size=3, validation=0.0, speed=20.0)
+    method = Lora(rank=2, where="everywhere")
+    whole = method.fit(model, episodes, training=training)
+    first = dataclasses.replace(training, epochs=2)
+    for _ in range(2):
+        found = method.fit(model, episodes, training=first, directory=tmp_path)
+        assert all(torch.equal(value, whole.parameters[name]) for name, value in found.parameters.items())
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), Hificl(pairs=2), I2cl()])
+def test_without_a_teacher_no_demonstration_is_read(method):
+    """Another method may ask for it later."""
+    model = plain()
+    episodes = [make_episode(1, seed=seed, images=0) for seed in range(3, 9)]
+    teacher = Teacher(model)
+    method.fit(model, episodes, training=Training(epochs=1, batch_size=3), teacher=teacher)
+    assert teacher.n_read == 0
+    assert "0 episodes read" in str(teacher)
+    Live().fit(model, episodes, training=Training(epochs=1, batch_size=3), teacher=teacher)
+    assert teacher.n_read == len(episodes)
+    [lesson] = Teacher(model).lessons(episodes[:1], logits=False)
+    with pytest.raises(ValueError, match="were not asked for"):
+        losses_of(model, [lesson], teacher, Live().objective)
 
 
 # ------------------------------------------------------------------------------------------------------------- storage

@@ -83,6 +83,8 @@ def test_what_depends_on_what_is_read_cannot_be_merged():
         merge(inject(model, one), one)
     with pytest.raises(UsageError, match="made for another model"):
         merge(tiny("llava"), one)
+    with pytest.raises(UsageError, match=r"Layer 1 of .* has no attention to the text"):
+        merge(tiny("mllama"), vector(Mimic(size="constant"), tiny("mllama")))
     lora = InContextVector(Lora(rank=2), Lora(rank=2).start(model, torch.Generator()))
     adapted = inject(model, lora).plain
     with pytest.raises(UsageError, match="no plain projection o_proj"):

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 from probe.vectors.hificl import Hificl
+from probe.vectors.i2cl import I2cl
 from probe.vectors.live import Live
 from probe.vectors.lora import Lora
 from probe.vectors.m2iv import M2iv
@@ -30,6 +31,7 @@ METHODS: dict[str, Any] = {
     "mimic": Mimic(kl=0.5),
     "m2iv": M2iv(synergy=0.0),
     "hificl": Hificl(),
+    "i2cl": I2cl(),
     "lora": Lora(rank=2),
 }
 EPISODES = [make_episode(1, seed=seed, images=0) for seed in range(3, 12)]
@@ -105,7 +107,7 @@ def test_gradients_of_a_share_add_up(monkeypatch):
         parameters = {
             name: torch.nn.Parameter(value + 0.05) for name, value in method.start(model, torch.Generator()).items()
         }
-        student = method.student(model, parameters)
+        student = method.student(model, {**parameters, **method.extract(model, EPISODES, 4)})
         with module.frozen(model.module):
             whole = module.losses_of(student(), lessons, teacher, objective)["loss"]
             wanted = torch.autograd.grad(whole, list(parameters.values()))
@@ -121,6 +123,24 @@ def test_gradients_of_a_share_add_up(monkeypatch):
         assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
         for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_processes_that_do_not_train_the_same_are_refused(monkeypatch):
+    """Another training, or another epoch, as where a directory is not shared."""
+    for other in (("b", 3), ("a", 0)):
+
+        def gather(found: list[Any], own: Any, other: Any = other) -> None:
+            found[:] = [own, other]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with pytest.raises(
+            ProbeError, match=r"process 0: a after epoch 3, process 1: . after epoch .*a directory that"
+        ):
+            Processes(0, 2).check_alike("a", 3)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(slice(2), [own] * 2)
+    )
+    Processes(0, 2).check_alike("a", 3)
 
 
 def test_a_loss_over_a_batch_is_refused():

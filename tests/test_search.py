@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import probe
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 from probe.trace.read import read
 from probe.trace.steer import inject
 from probe.vectors.i2cl import I2cl
@@ -40,7 +40,7 @@ def test_every_family_can_be_fitted(name, kind):
     batch = batch_of(model, [alone(episodes[0])])
     own = model.logits(batch, logits_to_keep=4)
     assert all(torch.isfinite(value).all() for value in found.parameters.values())
-    if found.layers:
+    if found.layers:  # of few heads, those that were chosen may all write as they did
         assert moved(inject(model, found).logits(batch, logits_to_keep=4), own) > 1e-5
     nothing = inject(model, found, scale=0.0).logits(batch, logits_to_keep=4)
     assert moved(nothing, own) <= (1e-4 * float(own.abs().max()) if kind == "icv" else 0)
@@ -78,6 +78,12 @@ def test_the_direction_is_the_mean_and_the_first_component():
     assert found == pytest.approx(data.mean(0) + component, abs=1e-6)
     assert component[3] < -0.99
     assert principal_direction(torch.from_numpy(data[:1])).numpy() == pytest.approx(data[0])
+    # Wide, and with no direction that stands out: still the first, each time.
+    wide = torch.from_numpy(rng.standard_normal((24, 2000)))
+    found = principal_direction(wide) - wide.mean(0)
+    _, _, components = torch.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    assert abs(float(found @ components[0])) == pytest.approx(1, abs=1e-6)
+    assert float(found.norm()) == pytest.approx(1, abs=1e-9)
 
 
 def test_its_vectors_are_of_what_demonstrations_change_in_all_layers():
@@ -139,6 +145,8 @@ def test_the_strength_is_the_best_of_those_that_validate():
         Icv().fit(model, EPISODES, training=dataclasses.replace(OPTIONS, validation=0.0))
     with pytest.raises(UsageError, match="A strength is 0 or more"):
         Icv(strength=-0.5)
+    with pytest.raises(UsageError, match="strength of this ICV was not chosen"):
+        inject(model, InContextVector(Icv(), found.parameters))
 
 
 # ---------------------------------------------------------------------------------------------------------------- I2CL
@@ -162,6 +170,14 @@ def test_its_states_are_those_behind_each_example_read_alone():
         assert moved(found.parameters[f"v_{branch}"], torch.stack(wanted)) < 1e-5
         for name, start in (("lambda", 0.1), ("beta", 1.0)):
             assert 0 < moved(found.parameters[f"{name}_{branch}"], torch.full((model.n_layers,), start)) < 1
+
+
+def test_training_goes_on_from_its_coefficients():
+    model = tiny("qwen2_5_vl")
+    first = train(I2cl(), model, EPISODES, training=dataclasses.replace(OPTIONS, speed=5.0))
+    again = train(I2cl(), model, EPISODES, training=dataclasses.replace(OPTIONS, speed=1e-9), begin=first)
+    for name, value in first.parameters.items():
+        assert moved(again.parameters[name], value) < 1e-6
 
 
 def test_it_scales_what_is_there_and_adds_what_was_left():
@@ -246,6 +262,25 @@ def test_choices_in_one_batch_are_the_same_as_one_by_one():
         wanted = steered.logits(prompt)[0, -1].log_softmax(-1)[int(encoding.ids[encoding.n_prompt])]
         assert float(found) == pytest.approx(float(wanted), abs=1e-4)
     assert float(together.std()) > 1e-3
+
+
+def test_heads_that_were_not_chosen_are_refused():
+    model = tiny("qwen2_5_vl")
+    one = vector(Mtv(), model)
+    idle = (one.parameters["chosen"] == 0).nonzero().tolist()[0]
+    heads = one.method.acting_heads(one.parameters)
+    assert tuple(idle) not in heads
+    with pytest.raises(
+        UsageError, match=f"does not replace {idle[0]}.{idle[1]}; it does {heads[0][0]}.{heads[0][1]}, "
+    ):
+        inject(model, one, heads=[tuple(idle), heads[0]])
+    inject(model, one, heads=heads[:1])
+
+
+def test_no_head_at_all_is_an_error(monkeypatch):
+    monkeypatch.setattr("probe.vectors.mtv._draw", lambda logits, _: torch.zeros_like(logits))
+    with pytest.raises(ProbeError, match="chose no head at all"):
+        Mtv(steps=0).fit(tiny("qwen2_5_vl"), EPISODES, training=OPTIONS)
 
 
 def test_the_choice_is_the_best_of_those_that_validate():

@@ -191,7 +191,7 @@ def test_direct_effects_of_all_that_writes_add_up_to_the_logit():
     for layer in ours.layers:
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x: before.append(x[0][0, place])))
     with hooked(decoder.layers[0]) as embedded, hooked(decoder.norm) as stream:
-        logits = ours.module(**batch.inputs).logits[0, place]
+        logits = ours.module(**ours.inputs(batch)).logits[0, place]
     for handle in handles:
         handle.remove()
     readout = Readout.of(ours)

@@ -15,7 +15,7 @@ from probe.models.load import load
 from probe.trace.ablate import zero_head
 from probe.trace.edit import Edit
 from probe.trace.generate import generate
-from probe.trace.read import read
+from probe.trace.read import noted_calls, read
 from tests.tiny_qwen import make_episode, make_module, make_processor
 
 EPISODES = [make_episode(0, seed=1), make_episode(3, seed=2, images=2), make_episode(1, seed=3, images=0)]
@@ -34,7 +34,7 @@ def batch(model):
 
 def plain(model, batch, keep=3):
     with torch.no_grad():
-        return model.module(**batch.inputs, logits_to_keep=keep, use_cache=False).logits
+        return model.module(**model.inputs(batch), logits_to_keep=keep, use_cache=False).logits
 
 
 def hooked(model, batch, layer, change):
@@ -124,7 +124,7 @@ def test_the_gradient_through_an_edit_equals_that_through_a_hook(model, batch):
     handle = model.layers[1].self_attn.o_proj.register_forward_pre_hook(
         lambda _m, a: ((a[0].unflatten(2, (model.n_heads, -1)) * gain[:, None]).flatten(2),)
     )
-    logits = model.module(**batch.inputs, logits_to_keep=3, use_cache=False).logits
+    logits = model.module(**model.inputs(batch), logits_to_keep=3, use_cache=False).logits
     handle.remove()
     (hook,) = torch.autograd.grad(logits.logsumexp(-1).sum(), gain)
     assert torch.equal(ours, hook)
@@ -161,6 +161,22 @@ def test_what_notes_the_attention_calls_is_gone_afterwards(model, batch):
     with pytest.raises(ZeroDivisionError):
         read(model, batch, edits=[edit])
     handle.remove()
+    assert AttentionInterface.get_interface is own
+
+
+def test_two_that_watch_at_once_each_see_their_own_and_leave_nothing(model, batch):
+    """As two threads would: the first ends while the second still waits."""
+    own = AttentionInterface.get_interface
+    layers = [layer.self_attn for layer in model.layers[:2]]
+    first, second = noted_calls(layers[0]), noted_calls(layers[1])
+    noted = [first.__enter__(), second.__enter__()]
+    model.logits(batch)
+    first.__exit__(None, None, None)
+    assert [[call[0] for call in calls] for calls in noted] == [[layers[0]], [layers[1]]]
+    model.logits(batch)
+    second.__exit__(None, None, None)
+    model.logits(batch)
+    assert [len(calls) for calls in noted] == [1, 2]
     assert AttentionInterface.get_interface is own
 
 

@@ -137,10 +137,10 @@ def _find(
             ) -> xr.Dataset:
                 size = training.batch_size
                 if isinstance(job.method, Trained):  # others read their episodes themselves
-                    objective = job.method.objective
-                    site = objective.align_site if objective.align else None
-                    with reporter.progress("reading demonstrations", len(some)) as progress, within_memory(model, size):
-                        teacher.lessons(some, site, batch_size=size, progress=progress)
+                    goal, title = job.method.objective, "reading demonstrations"
+                    title = title if goal.kl or goal.align else "encoding queries"
+                    with reporter.progress(title, len(some)) as progress, within_memory(model, size):
+                        teacher.lessons(some, goal.site, logits=goal.kl > 0, batch_size=size, progress=progress)
                 title = f"{job.name} ({at + 1} of {len(jobs)})"
                 with reporter.progress(title, n) as progress, within_memory(model, size):
                     vector = job.method.fit(

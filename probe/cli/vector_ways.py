@@ -49,8 +49,7 @@ def _parts(label: str, vector: InContextVector, parts: str) -> list[Way]:
     if parts == "layers":
         return [Way(f"{label}, layer {layer}", vector, layers=(layer,)) for layer in layers]
     if parts == "heads":
-        n_heads = int(vector.card["model"]["heads"])
-        pairs = [(layer, head) for layer in layers for head in range(n_heads)]
+        pairs = vector.method.acting_heads(vector.parameters)
         return [Way(f"{label}, head {layer}.{head}", vector, heads=((layer, head),)) for layer, head in pairs]
     if vector.method.rows != "all":
         return []  # it acts at chosen positions; others are no part of it

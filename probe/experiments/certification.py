@@ -309,7 +309,7 @@ def plain_logits(case: Case) -> Tensor:
     """Logits of the last position by the bare module, as nobody traced it."""
     module: Any = case.model.module
     with torch.no_grad():
-        logits: Tensor = module(**case.batch.inputs, logits_to_keep=1, use_cache=False).logits
+        logits: Tensor = module(**case.model.inputs(case.batch), logits_to_keep=1, use_cache=False).logits
     return logits
 
 

@@ -8,7 +8,7 @@ leaves the rest in its proportions. That is what MimIC's size is: the mass on on
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 SCORES = 2**25
 """How many scores are held at a time (fp32: 128 MB)."""
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Products as they are, under autocast too.
+
+    Entering a context that changes nothing takes as long as a product does when a single row is decoded.
+    """
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def log_partition(
@@ -41,14 +49,12 @@ def log_partition(
     batch, heads, n, _ = q.shape
     width = max(1, SCORES // max(1, batch * heads * k.shape[2]))
     starts = range(0, n, width)
-    device = q.device.type
 
     def chunk(start: int, q: Tensor, k: Tensor) -> Tensor:
         kind = torch.promote_types(q.dtype, torch.float32)
         part = slice(start, start + width)
         grouped = q[:, :, part].to(kind).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-        # Entering a context that changes nothing takes as long as the product does when a single row is decoded.
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with full_precision(q.device):
             scores = (grouped @ k.to(kind).transpose(-1, -2)).view(batch, heads, -1, k.shape[2]) * scale
         least = torch.finfo(kind).min
         if mask is None:

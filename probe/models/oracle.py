@@ -1,4 +1,4 @@
-"""A second way to see a model's attention, which shares nothing with the first: for certification and tests.
+"""A second way to see a model's attention, which shares no code with the first: for certification and tests.
 
 :mod:`probe.trace` notes the arguments of the attention call where the model looks up its kernel. Here the call itself
 is replaced, through the registry of attention functions that transformers offers, by one that shows its arguments to an

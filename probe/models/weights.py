@@ -9,8 +9,10 @@ import torch
 
 
 def acting_weight(projection: Any) -> torch.Tensor:
-    """What a linear module multiplies by: its weight, and what adapters of PEFT add to it."""
+    """What a linear module multiplies by: its weight, and what adapters of PEFT that are on add to it."""
     weight: torch.Tensor = projection.weight
+    if getattr(projection, "merged", False) or getattr(projection, "disable_adapters", False):
+        return weight  # they are in it, or off
     for adapter in getattr(projection, "active_adapters", ()):
         weight = weight + projection.get_delta_weight(adapter).to(weight)
     return weight

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
@@ -90,6 +91,11 @@ _SITES: tuple[Site, ...] = ("residual", "attention", *_EDITED)
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 """An attention module, and what else it called its kernel with."""
 
+# Which modules are watched, and what was noted of each: several threads may trace at once.
+_watched: list[tuple[torch.nn.Module, list[Call]]] = []
+_watching = Lock()
+_get_interface: Any = AttentionInterface.get_interface
+
 # By model and not by module: a wrapper holds its module, which would then never be freed.
 _wrapped: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 
@@ -110,25 +116,32 @@ def noted_calls(attention: torch.nn.Module) -> Iterator[list[Call]]:
     function that notes the arguments. (nnsight gives them too, as ``source``; but then every operation of the module
     passes through it, in this forward and, traced or not, in all later ones.)
     """
-    noted: list[Call] = []
+    own: tuple[torch.nn.Module, list[Call]] = (attention, [])
     registry: Any = AttentionInterface
-    own = registry.get_interface
-
-    def get_interface(*asked: Any, **named: Any) -> Callable[..., Any]:
-        kernel = own(*asked, **named)
-
-        def run(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
-            if module is attention:
-                noted.append((module, arguments, options))
-            return kernel(module, *arguments, **options)
-
-        return run
-
-    registry.get_interface = get_interface
+    with _watching:
+        if not _watched:
+            registry.get_interface = _noting
+        _watched.append(own)
     try:
-        yield noted
+        yield own[1]
     finally:
-        registry.get_interface = own
+        with _watching:
+            _watched[:] = [other for other in _watched if other is not own]
+            if not _watched:
+                registry.get_interface = _get_interface
+
+
+def _noting(*asked: Any, **named: Any) -> Callable[..., Any]:
+    """In place of transformers' ``get_interface``: the same kernel, noted where a module is watched."""
+    kernel = _get_interface(*asked, **named)
+
+    def run(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        for watched, noted in list(_watched):
+            if module is watched:
+                noted.append((module, arguments, options))
+        return kernel(module, *arguments, **options)
+
+    return run
 
 
 def read(

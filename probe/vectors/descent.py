@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 def given_start(values: Mapping[str, Tensor], begin: InContextVector, method: Trained) -> dict[str, Tensor]:
     """The parameters to begin with, as copies."""
     shapes = {part: tuple(value.shape) for part, value in values.items()}
-    if shapes != {part: tuple(value.shape) for part, value in begin.parameters.items()}:
+    given = {part: value for part, value in begin.parameters.items() if part not in method.extracted}
+    if shapes != {part: tuple(value.shape) for part, value in given.items()}:
         raise UsageError(
             f"{method.label} cannot begin from {begin.label}, which has other parameters; give a vector of the same "
             f"form ({', '.join(f'{part} {list(shape)}' for part, shape in shapes.items())})."
         )
-    return {part: begin.parameters[part].to(values[part], copy=True) for part in values}
+    return {part: given[part].to(values[part], copy=True) for part in values}
 
 
 def check_finite(value: float, what: str) -> None:

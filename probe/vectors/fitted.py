@@ -45,7 +45,7 @@ from probe.models.model import Model
 from probe.trace.edit import Edit
 from probe.trace.read import LayerValues, read
 from probe.trace.steer import check_plain
-from probe.vectors.method import Method, Parameters, Steps, check_self_attention
+from probe.vectors.method import Method, Parameters, Steps, all_heads, check_self_attention
 from probe.vectors.mimic import Mimic
 from probe.vectors.oracle import oracle_of
 from probe.vectors.pairs import Pair, encode_pair
@@ -76,6 +76,10 @@ class FittedShift(Method):
     def __post_init__(self) -> None:
         if self.penalty < 0 and self.penalty != -1:
             raise UsageError(f"A penalty is 0 or more, or -1 to have it chosen; it is {self.penalty:g}.")
+
+    def acting_heads(self, parameters: Parameters) -> list[Head]:
+        """All."""
+        return all_heads(parameters["v"])
 
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """MimIC's."""

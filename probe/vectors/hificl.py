@@ -26,10 +26,19 @@ import torch
 from torch import Tensor
 
 from probe.errors import UsageError
-from probe.measures.partition import log_partition
+from probe.measures.partition import full_precision, log_partition
 from probe.models.model import Model
 from probe.trace.edit import Context, Edit
-from probe.vectors.method import Objective, Parameters, Trained, check_self_attention, head_factors, turned, widen
+from probe.vectors.method import (
+    Objective,
+    Parameters,
+    Trained,
+    all_heads,
+    check_self_attention,
+    head_factors,
+    turned,
+    widen,
+)
 from probe.vectors.vector import Head
 
 
@@ -85,6 +94,10 @@ class Hificl(Trained):
         """As published."""
         return 5e-3
 
+    def acting_heads(self, parameters: Parameters) -> list[Head]:
+        """All."""
+        return all_heads(parameters["v_b"])
+
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer."""
         k, v = (whole(parameters, name) for name in ("k", "v"))
@@ -99,10 +112,11 @@ class Hificl(Trained):
         def fn(value: Tensor, context: Context) -> Tensor:
             at, own = context.attention, widen(value)
             q = widen(at.q)
-            logits = at.scale * (q @ k.to(own).mT)  # [batch, head, position, pair]
             log_z2 = log_partition(q, at.k, at.mask, at.scale, at.causal)
-            total = torch.logaddexp(logits.logsumexp(-1), log_z2)
-            change = ((logits - total[..., None]).exp() @ v.to(own)).transpose(1, 2)
+            with full_precision(own.device):
+                logits = at.scale * (q @ k.to(own).mT)  # [batch, head, position, pair]
+                total = torch.logaddexp(logits.logsumexp(-1), log_z2)
+                change = ((logits - total[..., None]).exp() @ v.to(own)).transpose(1, 2)
             if self.merge:
                 change = change + (log_z2 - total).expm1().transpose(1, 2)[..., None] * own  # alpha - 1
             return (own + factor.to(own)[:, None] * change).to(value.dtype)

@@ -6,8 +6,9 @@ at all positions, with c the mean over examples, each read by itself with its an
 write at the last token of the answer. Only the 4 coefficients of a layer are learned, by cross-entropy on the same
 examples. The examples are here the queries of the training episodes; their demonstrations are not read.
 
-What differs from the released code: no noise is added in training (there 0.001 of a state's norm), and cross-entropy is
-that of the whole answer and its end, not of a label's first token.
+What differs from the released code: no noise is added in training (there 0.001 of a state's norm), cross-entropy is
+that of the whole answer and its end, not of a label's first token, and how long and in which batches it trains is said
+by :class:`~probe.vectors.training.Training` (there 100 epochs in batches of 2, and nothing validates).
 
 References
 ----------
@@ -47,6 +48,7 @@ class I2cl(Trained):
 
     strength: float = 0.1
     name: ClassVar[str] = "i2cl"
+    extracted: ClassVar[tuple[str, ...]] = ("v_attention", "v_mlp")
 
     @property
     def objective(self) -> Objective:

@@ -8,7 +8,8 @@ positions. A state that points away from v_l is turned more. The strength, unles
 log-probability of the gold answers of validation episodes, read without demonstrations.
 
 What differs from the paper, which is on text: its pairs are a text before and after a change, each read by itself; ours
-are the same query without demonstrations and with them. It takes five pairs and the strength 0.1.
+are the same query without demonstrations and with them. It takes five pairs and the strength 0.1. The component has
+length 1 whatever the mean's is: where states are large, v is the mean difference and little else.
 
 References
 ----------
@@ -63,6 +64,8 @@ class Icv(Method):
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer."""
         refuse_heads(self, heads)
+        if self.strength < 0:
+            raise UsageError("The strength of this ICV was not chosen; name one (icv:strength=0.1), or fit it.")
         unit = torch.nn.functional.normalize(parameters["v"], dim=-1, eps=FLOOR)
         return [self._edit(layer, v, scale * self.strength) for layer, v in enumerate(unit)]
 
@@ -113,15 +116,16 @@ class Icv(Method):
 def principal_direction(differences: Tensor) -> Tensor:
     """The mean of ``[n, width]`` plus their first principal component, a unit vector, ``[width]``.
 
-    Its sign is that in which the difference that lies farthest along it is positive, as in the released code.
+    Its sign is that in which the difference that lies farthest along it is positive, as in the released code. It is
+    found from the n x n products of the differences: width is that of all layers together, and a solver that samples it
+    would give another direction each time.
     """
-    from sklearn.decomposition import PCA
-
     mean = differences.mean(0)
-    if len(differences) < 2:
+    centred = differences - mean
+    size, weights = torch.linalg.eigh(centred @ centred.T)
+    if size[-1] <= 0:  # one difference, or all the same
         return mean
-    pca = PCA(n_components=1).fit(differences.numpy())
-    component = torch.from_numpy(pca.components_[0]).to(mean)
-    along = (differences - mean) @ component
+    component = torch.nn.functional.normalize(weights[:, -1] @ centred, dim=0)
+    along = centred @ component
     found: Tensor = mean + torch.sign(along[along.abs().argmax()]) * component
     return found

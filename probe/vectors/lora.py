@@ -78,10 +78,12 @@ class Lora(Trained):
     def targets(self, model: Model) -> dict[str, str]:
         """The dotted names of the modules that it acts on, by what their parameters are called.
 
-        In the decoder that is a layer and a projection (``3.q_proj``), whatever the architecture; elsewhere the name.
+        In the decoder that is a layer and a projection (``3.q_proj``, of attention to images ``3.vision.q_proj``),
+        whatever the architecture; elsewhere the name.
         """
-        sites = {site.layer: site.attention for site in model.sites if site.axis == "text"}
-        found = {f"{layer}.{name}": f"{site}.{name}" for layer, site in sites.items() for name in PROJECTIONS}
+        axes = {"text": "", "vision": "vision."} if self.where == "everywhere" else {"text": ""}
+        sites = {f"{site.layer}.{axes[site.axis]}": site.attention for site in model.sites if site.axis in axes}
+        found = {f"{place}{name}": f"{site}.{name}" for place, site in sites.items() for name in PROJECTIONS}
         if self.where == "everywhere":
             known = set(found.values())
             for name, part in model.module.named_modules():
@@ -148,7 +150,8 @@ class Lora(Trained):
             lora_alpha=scale * self.alpha,
             target_modules=list(names.values()),
         )
-        inject_adapter_in_model(config, module, adapter_name=NAME)
+        # On the meta device: what PEFT would draw is replaced, and drawing it would move torch's generator.
+        inject_adapter_in_model(config, module, adapter_name=NAME, low_cpu_mem_usage=True)
         for value, asked in zip(model.module.parameters(), own, strict=True):
             value.requires_grad_(asked)  # PEFT freezes what the two models share
         for name, target in names.items():

@@ -5,7 +5,7 @@
 
 A projection without a bias gets one. The model that results shares all other weights with the given one, runs without a
 trace, and is no longer the architecture of its configuration: it cannot be saved as a checkpoint. In types coarser than
-float32 the bias is rounded to the type of the weights, which an injected vector is not.
+float32 the bias, and a weight times beta, are rounded to the type of the weights, which an injected vector is not.
 """
 
 from __future__ import annotations
@@ -57,16 +57,18 @@ def merge(model: Model, vector: InContextVector, *, scale: float = 1.0, layers: 
     module = twin(model.module)
     for constant in constants:
         if layers is None or constant.layer in layers:
-            _merge(module, _site(model, constant.layer), constant)
+            _merge(module, _site(model, constant), constant)
     made = {"model": model.fingerprint, "merged": vector.identity, "scale": scale, "layers": layers and sorted(layers)}
     name = f"{model.name} + {vector.label}{'' if scale == 1 else f' x {scale:g}'}, merged"
     return replace(model, name=name, module=module, fingerprint=key(made))
 
 
-def _site(model: Model, layer: int) -> AttentionSite:
-    """The attention of a layer: to the text, or to images where there is no other."""
-    own = [site for site in model.sites if site.layer == layer]
-    return next((site for site in own if site.axis == "text"), own[0])
+def _site(model: Model, constant: Constant) -> AttentionSite:
+    """The attention that a constant belongs to: to the text, or for whole layers to images where there is no other."""
+    own = {site.axis: site for site in model.sites if site.layer == constant.layer}
+    if "text" not in own and constant.site == "heads":
+        raise UsageError(f"Layer {constant.layer} of {model.name} has no attention to the text.")
+    return own.get("text") or own["vision"]
 
 
 def _merge(module: torch.nn.Module, site: AttentionSite, constant: Constant) -> None:
@@ -74,7 +76,7 @@ def _merge(module: torch.nn.Module, site: AttentionSite, constant: Constant) -> 
     owner: Any = module.get_submodule(site.block if constant.site == "mlp_output" else site.attention)
     owner, name = (owner.mlp, "down_proj") if constant.site == "mlp_output" else (owner, "o_proj")
     old = getattr(owner, name, None)
-    if not isinstance(old, torch.nn.Linear):
+    if type(old) is not torch.nn.Linear:  # one with packed or adapted weights would be copied as if it were plain
         raise UsageError(
             f"Layer {constant.layer} has no plain projection {name} whose bias could be changed; inject the vector."
         )

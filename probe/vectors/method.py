@@ -69,6 +69,10 @@ class Method:
         """The layers in which the parameters change something."""
         return sorted({edit.layer for edit in self.edits(parameters)})
 
+    def acting_heads(self, parameters: Parameters) -> list[Head]:
+        """The heads in which the parameters change something, for methods that act on heads."""
+        raise UsageError(f"{self.name} acts on whole layers, not on single heads; choose layers.")
+
     def random(self, parameters: Parameters, generator: torch.Generator) -> dict[str, Tensor]:
         """The same parameters with their directions drawn at random.
 
@@ -186,6 +190,11 @@ class Objective:
             raise UsageError(f"There is no reduction {self.reduction!r}; choose mean or sum.")
 
     @property
+    def site(self) -> Output | None:
+        """Of the teacher's states that are needed."""
+        return self.align_site if self.align else None
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """The names of those with a weight."""
         return tuple(name for name in ("kl", "ce", "align", "synergy") if getattr(self, name))
@@ -213,8 +222,11 @@ class Trained(Method):
             If it cannot.
         """
 
+    extracted: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that are read off the model (:meth:`extract`) and not trained."""
+
     def extract(self, model: Model, episodes: Sequence[Episode], batch_size: int) -> dict[str, Tensor]:
-        """Parameters that are read off the model and not trained, float32 on the CPU; most methods have none."""
+        """These parameters, float32 on the CPU; most methods have none."""
         return {}
 
     def start(self, model: Model, generator: torch.Generator) -> dict[str, Tensor]:
@@ -304,6 +316,11 @@ def turned(value: Tensor, generator: torch.Generator) -> Tensor:
 def widen(value: Tensor) -> Tensor:
     """In float32, or in float64 if it is."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def all_heads(value: Tensor) -> list[Head]:
+    """Of parameters ``[layer, head, …]``."""
+    return [(layer, head) for layer in range(value.shape[0]) for head in range(value.shape[1])]
 
 
 def check_self_attention(model: Model) -> None:

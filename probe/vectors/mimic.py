@@ -30,7 +30,16 @@ from probe.errors import UsageError, did_you_mean
 from probe.measures.partition import log_partition
 from probe.models.model import Model
 from probe.trace.edit import Attention, Context, Edit, Output
-from probe.vectors.method import Constant, Objective, Parameters, Trained, check_self_attention, head_factors, widen
+from probe.vectors.method import (
+    Constant,
+    Objective,
+    Parameters,
+    Trained,
+    all_heads,
+    check_self_attention,
+    head_factors,
+    widen,
+)
 from probe.vectors.vector import Head
 
 Size = Literal["head", "shared", "constant"]
@@ -96,6 +105,10 @@ class Mimic(Trained):
     def step_size(self, name: str) -> float:
         """As published."""
         return 5e-3
+
+    def acting_heads(self, parameters: Parameters) -> list[Head]:
+        """All."""
+        return all_heads(parameters["v"])
 
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer."""

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from probe.data.example import Episode
-from probe.errors import UsageError
+from probe.errors import ProbeError, UsageError
 from probe.models.model import Model
 from probe.trace.edit import Context, Edit
 from probe.trace.read import read
@@ -74,9 +74,18 @@ class Mtv(Method):
         """One a layer in which a head was chosen."""
         v, chosen = parameters["v"], parameters["chosen"]
         factors = head_factors(heads, v.shape[0], v.shape[1], scale)
+        if idle := [place for place in heads or () if not chosen[place]]:
+            raise UsageError(
+                f"MTV does not replace {', '.join(f'{a}.{b}' for a, b in idle)}; it does "
+                f"{', '.join(f'{a}.{b}' for a, b in self.acting_heads(parameters))}."
+            )
         return [
             _replace(layer, v[layer], f * chosen[layer]) for layer, f in factors.items() if bool(chosen[layer].any())
         ]
+
+    def acting_heads(self, parameters: Parameters) -> list[Head]:
+        """Those that were chosen."""
+        return [(layer, head) for layer, head in parameters["chosen"].nonzero().tolist()]
 
     def fit(
         self,
@@ -102,7 +111,12 @@ class Mtv(Method):
             v[layer] = mean.float()
         generator = torch.Generator().manual_seed(options.seed)
         logits = self._reinforce(model, learn, v, list(means), generator, steps)
-        drawn = [_draw(logits, generator) for _ in range(self.choices)]
+        drawn = [mask for mask in (_draw(logits, generator) for _ in range(self.choices)) if mask.any()]
+        if not drawn:
+            raise ProbeError(
+                "REINFORCE chose no head at all: answers are most probable as the model gives them by itself. Try "
+                "other episodes, or another method."
+            )
         found = [InContextVector(self, {"v": v, "chosen": _on_layers(mask, list(means), v)}) for mask in drawn]
         best, scores = best_of(model, validate, found, options.batch_size, steps)
         probabilities = [[round(x, 3) for x in row] for row in logits.sigmoid().tolist()]

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from probe.data.example import Episode
-from probe.errors import UsageError
-from probe.trace.edit import Output
+from probe.errors import ProbeError, UsageError
 from probe.vectors.method import Objective
 from probe.vectors.teacher import Lesson, Teacher
 
@@ -67,11 +66,12 @@ class Processes:
             )
 
     def lessons(
-        self, teacher: Teacher, episodes: Sequence[Episode], site: Output | None, batch_size: int
+        self, teacher: Teacher, episodes: Sequence[Episode], objective: Objective, batch_size: int
     ) -> dict[int, Lesson]:
         """What this process learns from or validates with, by place among all episodes: every ``size``-th of them."""
         places = range(self.rank, len(episodes), self.size)
-        own = teacher.lessons([episodes[place] for place in places], site, batch_size=batch_size)
+        chosen = [episodes[place] for place in places]
+        own = teacher.lessons(chosen, objective.site, logits=objective.kl > 0, batch_size=batch_size)
         return dict(zip(places, own, strict=True))
 
     def sum(self, value: Tensor) -> Tensor:
@@ -81,7 +81,25 @@ class Processes:
         return value
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Of all parameters; one that this process has none of counts as zero."""
-        if self.size > 1:
-            for value in parameters:
-                value.grad = self.sum(torch.zeros_like(value) if value.grad is None else value.grad.contiguous())
+        """Of all parameters; where there is none, as of a vision tower without images, it is zero."""
+        for value in parameters:
+            value.grad = self.sum(torch.zeros_like(value) if value.grad is None else value.grad.contiguous())
+
+    def check_alike(self, training: str, epoch: int) -> None:
+        """Refuse processes that do not train the same from the same state.
+
+        Raises
+        ------
+        ProbeError
+            If they do not.
+        """
+        if self.size == 1:
+            return
+        found: list[tuple[str, int]] = [("", 0)] * self.size
+        dist.all_gather_object(found, (training, epoch))
+        if len(set(found)) > 1:
+            told = ", ".join(f"process {rank}: {name} after epoch {done}" for rank, (name, done) in enumerate(found))
+            raise ProbeError(
+                f"The processes are not at the same point of the same training ({told}): give all of them the same "
+                "model, episodes and options, and a directory that all can read, or none."
+            )

@@ -6,7 +6,8 @@ at the output of one layer (:mod:`probe.vectors.one_layer`), once, in the prompt
 query but what attention brings them. A scale goes part of the way, h + scale (v - h).
 
 What differs from the paper: it takes one set of demonstrations and two dummy queries, and an answer is one token; here
-the mean is over the training episodes, each with demonstrations and a query of its own, as any other method's here.
+the mean is over the training episodes, each with demonstrations and a query of its own, as any other method's here. Its
+layer is chosen by accuracy; ours by the log-probability of the answer.
 
 References
 ----------

@@ -40,7 +40,7 @@ class Lesson:
         The token that ends an answer.
     logits
         ``[n of the answer + 1, vocabulary]``: the teacher's predictions of every token of the answer, and of what
-        follows it.
+        follows it; ``None`` where nobody asked for them, and the demonstrations were not read.
     states
         By site, ``[layer, n of the query, hidden]``, of the query's and the answer's positions; as far as remembered.
     """
@@ -48,8 +48,13 @@ class Lesson:
     episode: Episode
     student: Encoding
     end: int
-    logits: Tensor
+    logits: Tensor | None
     states: dict[Output, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_predictions(self) -> int:
+        """Tokens of the answer, and its end."""
+        return len(self.student) - self.student.n_prompt + 1
 
 
 class Teacher:
@@ -75,8 +80,9 @@ class Teacher:
     def __str__(self) -> str:
         """How much is remembered."""
         n = sum(bool(lesson.states) for lesson in self._lessons.values())
+        read = sum(lesson.logits is not None for lesson in self._lessons.values())
         return (
-            f"{len(self._lessons)} episodes read with their demonstrations; layers' states of {n} remembered "
+            f"{read} episodes read with their demonstrations; layers' states of {n} remembered "
             f"({self.used / 2**20:.0f} of {self.budget / 2**20:.0f} MB)"
         )
 
@@ -85,6 +91,7 @@ class Teacher:
         episodes: Sequence[Episode],
         site: Output | None = None,
         *,
+        logits: bool = True,
         batch_size: int = 16,
         progress: Callable[[int], None] | None = None,
     ) -> list[Lesson]:
@@ -96,6 +103,9 @@ class Teacher:
             With demonstrations.
         site
             Of the layers' states that will be asked for.
+        logits
+            Whether predictions will be asked for. Without them and without states, demonstrations are not read: a
+            lesson is then the query, its answer and what ends it.
         batch_size
             Episodes in one forward.
         progress
@@ -103,9 +113,9 @@ class Teacher:
         """
         for start in range(0, len(episodes), batch_size):
             unit = episodes[start : start + batch_size]
-            new = [e for e in unit if not self._knows(e, site)]
+            new = [e for e in unit if not self._knows(e, site, logits)]
             if new:
-                self._read(new, site)
+                self._read(new, site, logits)
             if progress:
                 progress(start + len(unit))
         return [self._lessons[self._seen[id(episode)][1]] for episode in episodes]
@@ -120,18 +130,19 @@ class Teacher:
             again = {id(lesson): each for lesson, each in zip(missing, states, strict=True)}
         return [again[id(lesson)] if id(lesson) in again else lesson.states[site] for lesson in lessons]
 
-    def _knows(self, episode: Episode, site: Output | None) -> bool:
+    def _knows(self, episode: Episode, site: Output | None, logits: bool) -> bool:
         if id(episode) not in self._seen:
             return False
-        return not self._lacks(self._seen[id(episode)][1], site)
+        return not self._lacks(self._seen[id(episode)][1], site, logits)
 
-    def _lacks(self, name: str, site: Output | None) -> bool:
+    def _lacks(self, name: str, site: Output | None, logits: bool) -> bool:
         """Whether a lesson is to be read, now and not only when its states are asked for."""
-        if name not in self._lessons:
+        lesson = self._lessons.get(name)
+        if lesson is None or (logits and lesson.logits is None):
             return True
-        return site is not None and site not in self._lessons[name].states and not self.full
+        return site is not None and site not in lesson.states and not self.full
 
-    def _read(self, episodes: Sequence[Episode], site: Output | None) -> None:
+    def _read(self, episodes: Sequence[Episode], site: Output | None, logits: bool) -> None:
         pairs = [encode_pair(self.model, episode) for episode in episodes]
         keys = [_key(self.model, pair.teacher) for pair in pairs]
         for episode, name in zip(episodes, keys, strict=True):
@@ -139,14 +150,17 @@ class Teacher:
         new = {
             name: (episode, pair)
             for episode, pair, name in zip(episodes, pairs, keys, strict=True)
-            if self._lacks(name, site)
+            if self._lacks(name, site, logits)
         }
-        if not new:
+        for name, (episode, pair) in new.items():
+            self._lessons.setdefault(name, Lesson(episode, pair.student, pair.end, None))
+        if not new or (site is None and not logits):
             return
         site = None if self.full else site
-        logits, states = self._forward([pair for _, pair in new.values()], site)
-        for (name, (episode, pair)), said, thought in zip(new.items(), logits, states, strict=True):
-            lesson = self._lessons.setdefault(name, Lesson(episode, pair.student, pair.end, said))
+        predicted, states = self._forward([pair for _, pair in new.values()], site)
+        for name, said, thought in zip(new, predicted, states, strict=True):
+            lesson = self._lessons[name]
+            lesson.logits = said if lesson.logits is None else lesson.logits
             self.full = self.full or self.used + thought.nbytes > self.budget
             if site is not None and not self.full:
                 lesson.states[site] = thought

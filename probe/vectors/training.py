@@ -165,11 +165,11 @@ def train(
     }
     name = key({"method": method.name, "options": asdict(method), **card})
     state = State.start(method, model, options, name, begin, processes)
-    site = objective.align_site if objective.align else None
-    lessons = processes.lessons(teacher, learn, site, options.batch_size)
-    checks = processes.lessons(teacher, validate, site, options.batch_size)
+    lessons = processes.lessons(teacher, learn, objective, options.batch_size)
+    checks = processes.lessons(teacher, validate, objective, options.batch_size)
     if directory is not None:
         state.resume(Path(directory) / STATE)
+    processes.check_alike(name, state.epoch)
     n_batches = math.ceil(len(learn) / options.batch_size)
     fixed = method.extract(model, learn, options.batch_size)
     there = {part: value.to(model.device) for part, value in fixed.items()}
@@ -227,7 +227,7 @@ def _shared(
     gradients: bool = True,
 ) -> dict[str, Tensor]:
     """What one process has to add to the terms of a batch's loss; those of all processes add up to them."""
-    rows = sum(len(lesson.logits) - objective.released for lesson in lessons)
+    rows = sum(lesson.n_predictions - objective.released for lesson in lessons)
     own = torch.tensor([len(lessons), rows], dtype=torch.float64, device=teacher.model.device)
     episodes, positions = (own / processes.sum(own.clone())).tolist()
     if not lessons:
@@ -259,7 +259,7 @@ def losses_of(
     own = [row[-(1 + len(s) - s.n_prompt) :] for row, s in zip(reading.logits, students, strict=True)]
     terms: dict[str, Tensor] = {}
     if objective.kl:
-        terms["kl"] = _distil(own, [lesson.logits for lesson in lessons], objective)
+        terms["kl"] = _distil(own, lessons, objective)
     if objective.ce and whole:
         full = [row[-len(s) :][:-1] for row, s in zip(reading.logits, students, strict=True)]
         terms["ce"] = losses.cross_entropy(full, [s.ids[1:] for s in students])
@@ -276,10 +276,13 @@ def losses_of(
     return {**terms, "loss": objective.weigh(terms)}
 
 
-def _distil(student: Sequence[Tensor], teacher: Sequence[Tensor], objective: Objective) -> Tensor:
+def _distil(student: Sequence[Tensor], lessons: Sequence[Lesson], objective: Objective) -> Tensor:
     """KL at the predictions of the answer's tokens and of its end; as released, without the first."""
     cut = slice(1 if objective.released else 0, None)
-    wanted = torch.cat([logits[cut] for logits in teacher]).to(student[0].device)
+    predicted = [lesson.logits for lesson in lessons if lesson.logits is not None]
+    if len(predicted) < len(lessons):
+        raise ValueError("The teacher's predictions were not asked for; get lessons with logits=True.")
+    wanted = torch.cat([logits[cut] for logits in predicted]).to(student[0].device)
     floor = 1e-6 if objective.released else 0.0
     return losses.distillation(
         torch.cat([logits[cut] for logits in student]), wanted, objective.temperature, floor=floor
