@@ -286,13 +286,13 @@ def test_no_head_at_all_is_an_error(monkeypatch):
 def test_the_choice_is_the_best_of_those_that_validate():
     model = tiny("qwen2_5_vl")
     found = METHODS["mtv"].fit(model, EPISODES, training=OPTIONS)
-    scores = found.card["fitted"]["by_choice"]
+    scores = found.card["fitted"]["by_heads"]
     _, validate = split(EPISODES, OPTIONS)
     queries = batch_of(model, [alone(episode) for episode in validate])
     own = probe.trace.likelihood.answer_log_probability(inject(model, found), queries).mean()
     assert own == pytest.approx(max(scores), abs=1e-3)
     assert len(set(scores)) == len(scores) == 2
-    with pytest.raises(UsageError, match="heads by episodes that validate"):
+    with pytest.raises(UsageError, match="no episodes to choose heads by"):
         Mtv().fit(model, EPISODES, training=dataclasses.replace(OPTIONS, validation=0.0))
     with pytest.raises(UsageError, match="2 samples in each"):
         Mtv(samples=1)

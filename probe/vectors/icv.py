@@ -19,10 +19,9 @@ Steering", ICML 2024, arXiv 2311.06668; its code (commit b187c63).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,11 +30,10 @@ from probe.data.example import Episode
 from probe.errors import UsageError
 from probe.models.model import Model
 from probe.trace.edit import Edit
-from probe.trace.steer import check_plain
-from probe.vectors.method import Method, Parameters, Steps, refuse_heads, widen
-from probe.vectors.one_layer import best_of, states_of_pairs
-from probe.vectors.teacher import Teacher
-from probe.vectors.training import Training, describe, split
+from probe.vectors.method import Parameters, Steps, refuse_heads, widen
+from probe.vectors.one_layer import states_of_pairs
+from probe.vectors.searched import Searched
+from probe.vectors.training import Training
 from probe.vectors.vector import Head, InContextVector
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -45,7 +43,7 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
-class Icv(Method):
+class Icv(Searched):
     """ICV's options.
 
     Attributes
@@ -56,10 +54,16 @@ class Icv(Method):
 
     strength: float = -1.0
     name: ClassVar[str] = "icv"
+    choice: ClassVar[str] = "a strength"
 
     def __post_init__(self) -> None:
         if self.strength < 0 and self.strength != -1:
             raise UsageError(f"A strength is 0 or more, or -1 to have it chosen; it is {self.strength:g}.")
+
+    @property
+    def n_candidates(self) -> int:
+        """The strengths."""
+        return len(STRENGTHS) if self.strength < 0 else 1
 
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer."""
@@ -82,35 +86,21 @@ class Icv(Method):
 
         return Edit("mlp_output", layer, fn)
 
-    def fit(
-        self,
-        model: Model,
-        episodes: Sequence[Episode],
-        *,
-        training: Training | None = None,
-        teacher: Teacher | None = None,
-        directory: Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> InContextVector:
-        """Two forwards over the episodes, and for the choice of a strength some over those that validate."""
-        check_plain(model)
-        options = training or Training()
-        learn, validate = split(episodes, options)
-        if self.strength < 0 and not validate:
-            raise UsageError(
-                "There are no episodes to choose a strength by; give more, or name one (icv:strength=0.1)."
-            )
-        steps = Steps(progress, 2 * len(learn) + (len(STRENGTHS) * len(validate) if self.strength < 0 else 0))
-        pairs = states_of_pairs(model, learn, "layer_output", options.batch_size, steps)
+    def n_readings(self, model: Model, n_episodes: int) -> int:
+        """With demonstrations and without."""
+        return 2 * n_episodes
+
+    def candidates(
+        self, model: Model, episodes: Sequence[Episode], training: Training, steps: Steps
+    ) -> tuple[list[InContextVector], dict[str, Any]]:
+        """One direction at several strengths, or at that which is named."""
+        pairs = states_of_pairs(model, episodes, "layer_output", training.batch_size, steps)
         v = principal_direction(torch.cat([a - b for a, b in pairs], 1).transpose(0, 1).flatten(1))
         parameters = {"v": v.unflatten(0, (model.n_layers, -1)).float().contiguous()}
-        card = describe(model, self, episodes, options)
         if self.strength >= 0:
-            return InContextVector(self, parameters, card)
+            return [InContextVector(self, parameters)], {}
         found = [InContextVector(replace(self, strength=each), parameters) for each in STRENGTHS]
-        best, scores = best_of(model, validate, found, options.batch_size, steps)
-        about = {"strengths": list(STRENGTHS), "by_strength": scores}
-        return replace(found[best], card={**card, "fitted": about})
+        return found, {"strengths": list(STRENGTHS)}
 
 
 def principal_direction(differences: Tensor) -> Tensor:

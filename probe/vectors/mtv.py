@@ -18,10 +18,9 @@ numbers as in its code (commit b2698c4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,11 @@ from probe.models.model import Model
 from probe.trace.edit import Context, Edit
 from probe.trace.read import read
 from probe.trace.rows import FIRST
-from probe.trace.steer import check_plain
 from probe.vectors.function_vector import mean_heads_first
-from probe.vectors.method import Method, Parameters, Steps, head_factors, widen
-from probe.vectors.one_layer import best_of
+from probe.vectors.method import Parameters, Steps, head_factors, widen
 from probe.vectors.pairs import alone
-from probe.vectors.teacher import Teacher
-from probe.vectors.training import Training, describe, split
+from probe.vectors.searched import Searched
+from probe.vectors.training import Training
 from probe.vectors.vector import Head, InContextVector, at_rows
 
 FIRST_LOGIT, STEP_SIZE, FLOOR = -1.0, 0.1, 1e-3
@@ -47,7 +44,7 @@ FIRST_LOGIT, STEP_SIZE, FLOOR = -1.0, 0.1, 1e-3
 
 
 @dataclass(frozen=True)
-class Mtv(Method):
+class Mtv(Searched):
     """MTV's options.
 
     Attributes
@@ -65,10 +62,16 @@ class Mtv(Method):
     choices: int = 10
     name: ClassVar[str] = "mtv"
     rows: ClassVar[str] = "answer"
+    choice: ClassVar[str] = "heads"
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.samples < 2 or self.choices < 1:
             raise UsageError("MTV takes 0 steps, 2 samples in each and 1 choice at the end, or more.")
+
+    @property
+    def n_candidates(self) -> int:
+        """The choices of heads."""
+        return self.choices
 
     def edits(self, parameters: Parameters, *, scale: float = 1.0, heads: Sequence[Head] | None = None) -> list[Edit]:
         """One a layer in which a head was chosen."""
@@ -87,30 +90,20 @@ class Mtv(Method):
         """Those that were chosen."""
         return [(layer, head) for layer, head in parameters["chosen"].nonzero().tolist()]
 
-    def fit(
-        self,
-        model: Model,
-        episodes: Sequence[Episode],
-        *,
-        training: Training | None = None,
-        teacher: Teacher | None = None,
-        directory: Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> InContextVector:
-        """Means of heads, and then a search for which of them to use."""
-        check_plain(model)
-        options = training or Training()
-        learn, validate = split(episodes, options)
-        if not validate:
-            raise UsageError("MTV chooses its heads by episodes that validate: give more, or let some (--validation).")
-        total = len(learn) + self.steps * self.samples + self.choices * len(validate)
-        steps = Steps(progress, total)
-        means = mean_heads_first(model, learn, options.batch_size, steps)
+    def n_readings(self, model: Model, n_episodes: int) -> int:
+        """For the means, and for the choices of each step."""
+        return n_episodes + self.steps * self.samples
+
+    def candidates(
+        self, model: Model, episodes: Sequence[Episode], training: Training, steps: Steps
+    ) -> tuple[list[InContextVector], dict[str, Any]]:
+        """Means of heads, and some choices of which of them to use."""
+        means = mean_heads_first(model, episodes, training.batch_size, steps)
         v = torch.zeros(model.n_layers, model.n_heads, model.head_dim)
         for layer, mean in means.items():
             v[layer] = mean.float()
-        generator = torch.Generator().manual_seed(options.seed)
-        logits = self._reinforce(model, learn, v, list(means), generator, steps)
+        generator = torch.Generator().manual_seed(training.seed)
+        logits = self._reinforce(model, episodes, v, list(means), generator, steps)
         drawn = [mask for mask in (_draw(logits, generator) for _ in range(self.choices)) if mask.any()]
         if not drawn:
             raise ProbeError(
@@ -118,10 +111,8 @@ class Mtv(Method):
                 "other episodes, or another method."
             )
         found = [InContextVector(self, {"v": v, "chosen": _on_layers(mask, list(means), v)}) for mask in drawn]
-        best, scores = best_of(model, validate, found, options.batch_size, steps)
         probabilities = [[round(x, 3) for x in row] for row in logits.sigmoid().tolist()]
-        about = {"layers": list(means), "probabilities": probabilities, "by_choice": scores}
-        return replace(found[best], card={**describe(model, self, episodes, options), "fitted": about})
+        return found, {"layers": list(means), "probabilities": probabilities}
 
     def _reinforce(
         self,

@@ -1,14 +1,13 @@
 """Vectors that act in one layer, at the position that predicts the answer's first token: what they have in common.
 
 An early layer's vector is there to be worked with, that of the last can only choose among answers. Which layer, unless
-given, is chosen by the log-probability of the gold answers of validation episodes, read without demonstrations.
+given, is chosen by episodes that validate (:mod:`probe.vectors.searched`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,18 +18,17 @@ from probe.errors import UsageError
 from probe.models.encoding import Encoding
 from probe.models.model import Model
 from probe.trace.edit import Edited, Output
-from probe.trace.likelihood import answer_log_probability
 from probe.trace.read import LayerValues, Reading, read
-from probe.trace.steer import check_plain
-from probe.vectors.method import Method, Steps
-from probe.vectors.pairs import alone, encode_pair
-from probe.vectors.teacher import Teacher, flat_places, stack
-from probe.vectors.training import Training, describe, split
+from probe.vectors.method import Steps
+from probe.vectors.pairs import encode_pair
+from probe.vectors.searched import Searched
+from probe.vectors.teacher import flat_places, stack
+from probe.vectors.training import Training
 from probe.vectors.vector import InContextVector
 
 
 @dataclass(frozen=True)
-class OneLayer(Method):
+class OneLayer(Searched):
     """Options of a vector in one layer.
 
     Attributes
@@ -41,6 +39,17 @@ class OneLayer(Method):
 
     layer: int = -1
     rows: ClassVar[str] = "first"
+    choice: ClassVar[str] = "a layer"
+
+    @property
+    def n_candidates(self) -> int | None:
+        """One a layer."""
+        return None if self.layer < 0 else 1
+
+    def check(self, model: Model) -> None:
+        """Refuse a layer that the model does not have."""
+        if not -1 <= self.layer < model.n_layers:
+            raise UsageError(f"{model.name} has layers 0 to {model.n_layers - 1}; asked for {self.layer}.")
 
     def find(
         self, model: Model, episodes: Sequence[Episode], training: Training, steps: Steps
@@ -48,38 +57,13 @@ class OneLayer(Method):
         """What each layer's vector is, ``[layer, hidden]``, float32, and what the card says of it."""
         raise NotImplementedError
 
-    def n_readings(self, model: Model, n_episodes: int) -> int:
-        """How many episodes :meth:`find` reads."""
-        raise NotImplementedError
-
-    def fit(
-        self,
-        model: Model,
-        episodes: Sequence[Episode],
-        *,
-        training: Training | None = None,
-        teacher: Teacher | None = None,
-        directory: Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> InContextVector:
-        """Read the episodes, and for the choice of a layer those that validate, once for each layer."""
-        check_plain(model)
-        options = training or Training()
-        learn, validate = split(episodes, options)
-        if not -1 <= self.layer < model.n_layers:
-            raise UsageError(f"{model.name} has layers 0 to {model.n_layers - 1}; asked for {self.layer}.")
-        if self.layer < 0 and not validate:
-            raise UsageError("There are no episodes to choose a layer by; give more, or name a layer.")
-        n_choices = model.n_layers * len(validate) if self.layer < 0 else 0
-        steps = Steps(progress, self.n_readings(model, len(learn)) + n_choices)
-        vectors, about = self.find(model, learn, options, steps)
+    def candidates(
+        self, model: Model, episodes: Sequence[Episode], training: Training, steps: Steps
+    ) -> tuple[list[InContextVector], dict[str, Any]]:
+        """One a layer, or that of the one that is named."""
+        vectors, about = self.find(model, episodes, training, steps)
         found = [InContextVector(replace(self, layer=at), {"v": v.clone()}) for at, v in enumerate(vectors)]
-        layer = self.layer
-        if layer < 0:
-            layer, scores = best_of(model, validate, found, options.batch_size, steps)
-            about = {**about, "by_layer": scores}
-        card = {**describe(model, self, episodes, options), **({"fitted": about} if about else {})}
-        return replace(found[layer], card=card)
+        return found if self.layer < 0 else [found[self.layer]], about
 
 
 def read_first(model: Model, encodings: Sequence[Encoding], site: Edited) -> Reading:
@@ -112,29 +96,3 @@ def states_of_pairs(
         if steps:
             steps.add(2 * len(pairs))
     return found
-
-
-def best_of(
-    model: Model, episodes: Sequence[Episode], vectors: Sequence[InContextVector], batch_size: int, steps: Steps
-) -> tuple[int, list[float]]:
-    """Under which of several vectors queries without demonstrations are answered best.
-
-    Returns
-    -------
-    tuple
-        The place of the best, and of each the mean log-probability of the gold answers.
-    """
-    scores = [_probability(model, episodes, vector, batch_size, steps) for vector in vectors]
-    return int(torch.tensor(scores).argmax()), [round(score, 4) for score in scores]
-
-
-def _probability(
-    model: Model, episodes: Sequence[Episode], vector: InContextVector, batch_size: int, steps: Steps
-) -> float:
-    """Mean log-probability of the gold answers of queries without demonstrations."""
-    found: list[float] = []
-    for start in range(0, len(episodes), batch_size):
-        encodings = [model.encode(alone(episode)) for episode in episodes[start : start + batch_size]]
-        found += answer_log_probability(model, model.batch(encodings), vector.edits()).tolist()
-        steps.add(len(encodings))
-    return sum(found) / len(found)
