@@ -755,13 +755,13 @@ def test_a_loss_that_is_not_finite_is_a_sentence(monkeypatch):
     with pytest.raises(ProbeError, match="loss of the episodes that validate is not finite after epoch 1"):
         train(Live(), model(), TEXTS, training=QUICK)
     monkeypatch.undo()
-    original = module.losses_of
+    original = module._shared
 
     def steep(*arguments, **options):
         terms = original(*arguments, **options)
         return {**terms, "loss": terms["loss"] + 0 * (terms["loss"] - terms["loss"].detach()).sqrt()}
 
-    monkeypatch.setattr(module, "losses_of", steep)
+    monkeypatch.setattr(module, "_shared", steep)
     with pytest.raises(ProbeError, match="gradient is not finite in step 1"):
         train(Live(), model(), TEXTS, training=QUICK)
 

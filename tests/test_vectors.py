@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,7 @@ def test_gradients_flow_under_autocast(kind):
 @pytest.mark.parametrize("kind", EVERYWHERE)
 def test_parameters_may_be_on_any_device(monkeypatch, kind):
     """Values without storage show what would meet on two devices."""
+    monkeypatch.setattr("probe.vectors.hificl.full_precision", lambda _: nullcontext())  # of no such device
     for module in ("mimic", "hificl"):
         monkeypatch.setattr(f"probe.vectors.{module}.log_partition", lambda q, *_: q.new_zeros(q.shape[:3]))
     stub = SimpleNamespace(n_layers=2, n_heads=4, head_dim=8, text_config=SimpleNamespace(hidden_size=32))

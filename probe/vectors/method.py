@@ -136,7 +136,7 @@ class Steps:
     def add(self, n: int) -> None:
         """So many episodes more."""
         self.done += n
-        if self.tell:
+        if self.tell and n:
             self.tell(self.done, self.total)
 
 
