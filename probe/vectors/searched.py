@@ -1,8 +1,8 @@
 """What methods share that try several vectors on episodes that validate: the best is kept.
 
 Best is the one under which the gold answers of queries without demonstrations are most probable on average. The
-episodes that validate are no others' than those of training (:func:`probe.vectors.training.split`): nothing else is
-learned from them.
+episodes that validate are split off as in training (:func:`probe.vectors.training.split`), and nothing else is learned
+from them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Searched(Method):
 
     @property
     def n_candidates(self) -> int | None:
-        """How many there are at most, where the model does not say; 1 if an option leaves no choice."""
+        """How many there are at most: 1 if an option leaves no choice, ``None`` if as many as the model has layers."""
         raise NotImplementedError
 
     def n_readings(self, model: Model, n_episodes: int) -> int:
